@@ -1,0 +1,583 @@
+"""Problems and how they are scored: data, the embedded task, tokenizer, checkers, checkpoints, the table.
+
+As a program it scores a checkpoint with every strategy at matched steps:
+
+    python eval_gsm8k.py --checkpoint out/checkpoint.pt --budget 5 10 15
+    python eval_gsm8k.py --data test.jsonl                # real GSM8K problems
+"""
+
+import argparse
+import ast
+import gzip
+import json
+import lzma
+import math
+import operator
+import os
+import random
+import re
+import sys
+import time
+import zlib
+from collections import Counter
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import mdmvi
+
+SEPARATOR = "||"  # between question and answer, as in SMDM's fine-tuning data
+
+
+class UserError(Exception):
+    """Something the user can put right: printed as one line on stderr, exit code 2."""
+
+
+# ---------------------------------------------------------------------------------------------------
+# Tokenizer: lossless; digits one token each, the marks of an equation, frequent words, bytes for the rest
+# ---------------------------------------------------------------------------------------------------
+
+MARKS = (">> <<", ">> #### ", "<<", ">>", "####", "||", "+", "-", "*", "/", "=", *"0123456789")
+PIECE = re.compile("|".join(map(re.escape, MARKS)) + r"| ?[A-Za-z]+| ?[^\sA-Za-z0-9]|\s", re.DOTALL)
+
+
+class Tokenizer:
+    """Ids: 0 is EOS (no text), 1..256 the bytes, then the pieces. `mask_id` is one past the last."""
+
+    eos_id = 0
+
+    def __init__(self, pieces):
+        self.pieces = list(pieces)
+        self.ids = {piece: 257 + i for i, piece in enumerate(self.pieces)}
+        self.vocab_size = self.mask_id = 257 + len(self.pieces)
+
+    @classmethod
+    def build(cls, texts, max_pieces=4096, min_count=5):
+        """Marks, then the most frequent pieces of `texts` (ties in alphabetical order)."""
+        count = Counter(piece for text in texts for piece in PIECE.findall(text))
+        frequent = sorted((p for p in count if count[p] >= min_count and p not in MARKS), key=lambda p: (-count[p], p))
+        return cls([*MARKS, *frequent[: max_pieces - len(MARKS)]])
+
+    def encode(self, text):
+        ids = []
+        for piece in PIECE.findall(text):
+            known = self.ids.get(piece)
+            ids.extend([known] if known else [1 + b for b in piece.encode("utf-8", "surrogatepass")])
+        return ids
+
+    def decode(self, ids):
+        text = b"".join(self.token_bytes(i) for i in ids)
+        try:
+            return text.decode("utf-8", "surrogatepass")
+        except UnicodeDecodeError:  # bytes a model strung together
+            return text.decode("utf-8", "replace")
+
+    def token_bytes(self, i):
+        if i > 256:
+            return self.pieces[i - 257].encode("utf-8", "surrogatepass") if i != self.mask_id else b""
+        return bytes([i - 1]) if i else b""
+
+
+# ---------------------------------------------------------------------------------------------------
+# The embedded task: word problems whose steps may be written in any valid order
+# ---------------------------------------------------------------------------------------------------
+
+PEOPLE = (("Ann", "she"), ("Ben", "he"), ("Eva", "she"), ("Leo", "he"), ("Mia", "she"), ("Sam", "he"), ("Tom", "he"), ("Zoe", "she"))
+THINGS = ("pens", "cups", "mugs", "books", "hats", "toys", "plants", "lamps", "cakes", "bowls")
+STORIES = (
+    ("buys", "{q} {thing} at ${p}", "How much does {they} pay?"),
+    ("sells", "{q} {thing} for ${p}", "How much does {they} earn?"),
+    ("packs", "{q} boxes of {p} {thing}", "How many does {they} pack?"),
+)
+HELD_OUT = 8  # one in so many problems is kept for testing
+ITEMS = (1, 2, 3)
+
+
+def is_held_out(items):
+    """Split by the numbers of a problem, whatever its wording and order: `items` is a list of (q, p)."""
+    return zlib.crc32(repr(sorted(items)).encode()) % HELD_OUT == 0
+
+
+def arithmetic_solution(items, rng):
+    """One valid solution, drawn at random: a product for each item in any order, a running sum over them,
+    each sum anywhere after what it adds."""
+    todo, steps, products, total = rng.sample(items, len(items)), [], [], None
+    while todo or products:
+        addable = len(products) >= (2 if total is None else 1)
+        if todo and not (addable and rng.random() < 0.5):
+            q, p = todo.pop(0)
+            steps.append(f"<<{q}*{p}={q * p}>>")
+            products.append(q * p)
+        elif addable:
+            left = products.pop(0) if total is None else total
+            right = products.pop(0)
+            total = left + right
+            steps.append(f"<<{left}+{right}={total}>>")
+        else:
+            total = products.pop(0)  # a single item
+    return f"{' '.join(steps)} #### {total}"
+
+
+def arithmetic_problems(n, seed, held_out):
+    """n dicts {question, answer, items} from a seeded stream; `held_out` picks the side of the split."""
+    rng, problems = random.Random(seed), []
+    while len(problems) < n:
+        items = [(rng.randint(2, 4), rng.randint(2, 5)) for _ in range(rng.choice(ITEMS))]
+        if is_held_out(items) != held_out:
+            continue
+        (who, they), (verb, part, ask) = rng.choice(PEOPLE), rng.choice(STORIES)
+        things = rng.sample(THINGS, len(items))
+        parts = [part.format(q=q, p=p, thing=thing) for (q, p), thing in zip(items, things)]
+        listed = " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+        question = f"{who} {verb} {listed}. {ask.format(they=they)}"
+        problems.append({"question": question, "answer": arithmetic_solution(items, rng), "items": items})
+    return problems
+
+
+def solves_arithmetic(text, items):
+    """Is `text` a right solution, in whatever order: each item's product once, sums of what is there, the total."""
+    equations, _, answer = text.partition(" #### ")
+    todo, values = Counter(tuple(sorted(item)) for item in items), Counter()
+    for equation in equations.split(" "):
+        match = re.fullmatch(r"<<(\d+)([*+])(\d+)=(\d+)>>", equation)
+        if not match:
+            return False
+        a, op, b, c = int(match[1]), match[2], int(match[3]), int(match[4])
+        used = Counter([a, b])
+        if op == "*" and todo[min(a, b), max(a, b)] and a * b == c:
+            todo[min(a, b), max(a, b)] -= 1
+        elif op == "+" and all(values[v] >= used[v] for v in used) and a + b == c:
+            values -= used
+        else:
+            return False
+        values[c] += 1
+    return not any(todo.values()) and values.total() == 1 and answer == str(next(iter(values.elements())))
+
+
+# ---------------------------------------------------------------------------------------------------
+# GSM8K: reading data files, checking answers
+# ---------------------------------------------------------------------------------------------------
+
+OPENERS = {".gz": gzip.open, ".xz": lzma.open}
+SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".json.xz", ".jsonl.xz")
+
+
+def read_records(path):
+    """Yield (where, object) for each record of a file: JSON lines, or one JSON array in a .json file."""
+    try:
+        with OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8") as file:
+            text = file.read()
+    except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError) as error:
+        raise UserError(f"cannot read {path}: {error}; give a UTF-8 .json or .jsonl file, plain, .gz or .xz")
+    if not text.strip():
+        raise UserError(f"{path} is empty: give a file with one JSON object a line")
+    if text.lstrip().startswith("["):
+        try:
+            yield from ((f"record {i}", record) for i, record in enumerate(json.loads(text), 1))
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path} line {error.lineno} is not JSON ({error.msg}): mend or remove it")
+        return
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                yield f"line {number}", json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(f"{path} line {number} is not JSON ({error.msg}): mend or remove that line")
+
+
+def hub_records(name, split):
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(f"{name} is a hub name and needs the datasets package: pip install datasets, or give a local file")
+    try:
+        rows = datasets.load_dataset(name, "main" if name == "openai/gsm8k" else None, split=split)
+    except Exception as error:  # the hub client raises many kinds, all of which mean: not to be had
+        reason = str(error).strip().split("\n")[0][:120]
+        raise UserError(f"cannot load {name} from the hub ({type(error).__name__}: {reason}): go online or give a local file")
+    return ((f"row {i}", row) for i, row in enumerate(rows))
+
+
+def load_gsm8k(data, answers="equations", split="train"):
+    """Problems {question, answer, reference} from a file, a folder of files, or a hub name.
+
+    answers: "equations" keeps the <<...>> notes and the #### line, "full" the whole solution.
+    """
+    path = Path(data)
+    if path.is_dir():
+        files = sorted(f for f in path.iterdir() if f.name.endswith(SUFFIXES))
+        if not files:
+            raise UserError(f"no .json or .jsonl file (plain, .gz, .xz) in the folder {path}")
+        sources = [(f, read_records(f)) for f in files]
+    elif path.exists():
+        sources = [(path, read_records(path))]
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+", data) and not data.endswith(SUFFIXES):
+        sources = [(data, hub_records(data, split))]
+    else:
+        raise UserError(f"no data at {data}: give a .json/.jsonl file, a folder of them, or a hub name like openai/gsm8k")
+    problems = []
+    for source, records in sources:
+        for where, record in records:
+            missing = [c for c in ("question", "answer") if not isinstance(record, dict) or c not in record]
+            if missing:
+                raise UserError(f"{source} {where} has no column {missing[0]!r}: needed are question, answer (and cot, or an answer ending in '#### N')")
+            problems.append(gsm8k_problem(record, answers))
+    return problems
+
+
+def gsm8k_problem(record, answers):
+    """One row of openai/gsm8k (prose with notes) or of GSM8k-Aug (question, cot, answer)."""
+    solution, _, final = str(record["answer"]).rpartition("####")
+    if "cot" in record:
+        solution, final = record["cot"], str(record["answer"]).rpartition("####")[2]
+    final = final.strip()
+    equations = " ".join(re.findall(r"<<[^<>]*>>", solution))
+    text = f"{equations} #### {final}".lstrip() if answers == "equations" else f"{solution.strip()}\n#### {final}"
+    return {"question": record["question"], "answer": text, "reference": f"#### {final}"}
+
+
+def final_number(text):
+    """The last number after `####`, $ and commas dropped, as a float; None if there is none."""
+    _, mark, tail = text.rpartition("####")
+    numbers = re.findall(r"-?(?:\d+\.?\d*|\.\d+)", tail.replace(",", "").replace("$", "")) if mark else []
+    return float(numbers[-1]) if numbers else None
+
+
+OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+
+
+def arithmetic_value(expression):
+    """Value of a + - * / expression with brackets and %, or None if it is anything else."""
+
+    def value(node):
+        if isinstance(node, ast.BinOp):
+            return OPERATIONS[type(node.op)](value(node.left), value(node.right))
+        if isinstance(node, ast.UnaryOp):
+            return {ast.USub: -1, ast.UAdd: 1}[type(node.op)] * value(node.operand)
+        return float(node.value)
+
+    # "007" is a number here, not a syntax error
+    expression = re.sub(r"(?<![\d.])0+(?=\d)", "", expression.replace(",", "").replace("$", "").replace("%", "/100"))
+    try:
+        return value(ast.parse(expression.strip(), mode="eval").body)
+    except (SyntaxError, ValueError, KeyError, AttributeError, TypeError, ZeroDivisionError, OverflowError, RecursionError, MemoryError):
+        return None
+
+
+def solves_equations(text, reference):
+    """Is every <<a op b=c>> true (to the cent), is there one, and is the last result the right answer?"""
+    right, notes = final_number(reference), re.findall(r"<<([^<>]*)>>", text)
+    result = None
+    for note in notes:
+        left, _, written = note.rpartition("=")
+        value, result = arithmetic_value(left), arithmetic_value(written)
+        if value is None or result is None or abs(value - result) > 0.0101:
+            return False
+    return result is not None and right is not None and abs(result - right) < 1e-6 and final_number(text) == right
+
+
+# ---------------------------------------------------------------------------------------------------
+# From problems to tensors and back
+# ---------------------------------------------------------------------------------------------------
+
+
+def encode_problems(problems, tokenizer, max_len, canvas_len, with_answers=True):
+    """Lay problems out as prompt, canvas of `canvas_len` tokens filled up with EOS, then EOS off the canvas.
+
+    Returns (tokens int32 [M, max_len], canvas bool [M, max_len], fits: list of M bools); a problem that
+    does not fit has an empty canvas.
+    """
+    tokens = torch.full((len(problems), max_len), tokenizer.eos_id, dtype=torch.int32)
+    canvas = torch.zeros(len(problems), max_len, dtype=torch.bool)
+    fits = []
+    for i, problem in enumerate(problems):
+        prompt = tokenizer.encode(problem["question"] + SEPARATOR)
+        answer = tokenizer.encode(problem["answer"]) if with_answers else []
+        fits.append(len(prompt) + canvas_len <= max_len and len(answer) < canvas_len)
+        if fits[-1]:
+            tokens[i, : len(prompt) + len(answer)] = torch.tensor(prompt + answer, dtype=torch.int32)
+            canvas[i, len(prompt) : len(prompt) + canvas_len] = True
+    return tokens, canvas, fits
+
+
+def answer_text(tokenizer, tokens, canvas):
+    """The text on one row's canvas, up to the first EOS."""
+    ids = tokens[canvas].tolist()
+    return tokenizer.decode(ids[: ids.index(tokenizer.eos_id)] if tokenizer.eos_id in ids else ids)
+
+
+def load_checkpoint(path, device="cpu"):
+    """The dict that train.py wrote (see train.save_checkpoint). Raises UserError if it cannot be used."""
+    advice = "give the checkpoint.pt that train.py wrote"
+    if not os.path.isfile(path):
+        raise UserError(f"no checkpoint at {path}: {advice}, or run python train.py first")
+    if os.path.getsize(path) == 0:
+        raise UserError(f"checkpoint {path} is empty: {advice}")
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # torch raises many kinds for a file that is cut off or not its own
+        raise UserError(f"checkpoint {path} is damaged or not a checkpoint ({type(error).__name__}): {advice}")
+    if not isinstance(checkpoint, dict) or checkpoint.get("program") != "mdmvi":
+        raise UserError(f"checkpoint {path} was written by another program: {advice}")
+    return checkpoint
+
+
+def build_models(checkpoint, device="cpu"):
+    """(denoiser, policy, posterior, plain): `plain` is the equal-compute baseline's denoiser, or None."""
+    config = mdmvi.ModelConfig(**checkpoint["config"])
+    denoiser, policy = mdmvi.Denoiser(config), mdmvi.UnmaskPolicy(config)
+    posterior = mdmvi.OrderPosterior(config)
+    plain = mdmvi.Denoiser(config) if checkpoint["plain"] is not None else None
+    for name, model in dict(denoiser=denoiser, policy=policy, posterior=posterior, plain=plain).items():
+        if model is not None:
+            model.load_state_dict(checkpoint[name])
+            model.to(device).eval()
+    return denoiser, policy, posterior, plain
+
+
+# ---------------------------------------------------------------------------------------------------
+# Scoring
+# ---------------------------------------------------------------------------------------------------
+
+
+def wilson(right, n, z=1.96):
+    """95% Wilson interval of a share, in percent."""
+    p, middle = right / n, (right / n + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return 100 * (middle - half), 100 * (middle + half)
+
+
+def mcnemar(first, second):
+    """Exact two-sided McNemar p-value of two lists of bools on the same problems."""
+    wins = sum(a and not b for a, b in zip(first, second))
+    losses = sum(b and not a for a, b in zip(first, second))
+    n, tail = wins + losses, sum(math.comb(wins + losses, k) for k in range(min(wins, losses) + 1))
+    return min(1.0, 2 * tail / 2**n)
+
+
+def attempt(problems, tokenizer, tokens, canvas, strategy, budget, denoiser, batch=128, seed=0, **options):
+    """Generate a solution for every problem with one strategy; a problem with an empty canvas stays unsolved.
+
+    Returns a dict: solved and answered (lists of bools), steps (list), seconds, texts.
+    """
+    generator = torch.Generator(tokens.device).manual_seed(seed)
+    texts, steps, start = [], [], time.perf_counter()
+    for at in range(0, len(problems), batch):
+        x, on = tokens[at : at + batch].long(), canvas[at : at + batch]
+        out = mdmvi.generate(denoiser, x, on, strategy, budget, generator=generator, **options)
+        texts += [answer_text(tokenizer, row, c) for row, c in zip(out.tokens.cpu(), on.cpu())]
+        steps += out.steps.tolist()
+    seconds = time.perf_counter() - start
+    solved = [is_solved(text, problem) for text, problem in zip(texts, problems)]
+    answered = [final_number(t) is not None and final_number(t) == final_number(p.get("reference", p["answer"])) for t, p in zip(texts, problems)]
+    return dict(solved=solved, answered=answered, steps=steps, seconds=seconds, texts=texts)
+
+
+def is_solved(text, problem):
+    if "items" in problem:
+        return solves_arithmetic(text, problem["items"])
+    return solves_equations(text, problem["reference"])
+
+
+def all_rules():
+    """(strategy, eos_aware) of every fixed rule."""
+    return [(s, False) for s in mdmvi.STRATEGIES if s != "learned"] + [(s, True) for s in mdmvi.CONFIDENCE_RULES]
+
+
+def score(problems, tokenizer, tokens, canvas, models, budgets, rules=None, batch=128, seed=0, progress=None):
+    """Rows for the table: the learned order, then every rule at its average and its largest number of steps.
+
+    Each rule runs on the order-trained denoiser and on the plain one, and keeps the one with more solved.
+    Returns (rows, learned): dicts as `--json` writes them, and {budget: attempt of the learned order}.
+    """
+    denoiser, policy, _, plain = models
+    run = lambda *args, **options: attempt(problems, tokenizer, tokens, canvas, *args, batch=batch, seed=seed, **options)
+    rows, learned, n = [], {}, len(problems)
+    for budget in budgets:
+        ours = learned[budget] = run("learned", budget, denoiser, policy=policy)
+        average, most = sum(ours["steps"]) / n, max(ours["steps"])
+        rows.append(make_row("learned", False, budget, "own", "order", ours, None))
+        for match, steps in (("avg", max(1, round(average))), ("max", most)):
+            for strategy, eos_aware in all_rules() if rules is None else rules:
+                tries = [("order", run(strategy, steps, denoiser, eos_aware=eos_aware))]
+                if plain is not None:
+                    tries.append(("plain", run(strategy, steps, plain, eos_aware=eos_aware)))
+                model, best = max(tries, key=lambda t: sum(t[1]["solved"]))
+                rows.append(make_row(strategy, eos_aware, budget, match, model, best, mcnemar(ours["solved"], best["solved"])))
+                if progress:
+                    progress(rows[-1])
+    return rows, learned
+
+
+def make_row(strategy, eos_aware, budget, match, model, result, p_value):
+    n = len(result["steps"])
+    return {
+        "strategy": strategy, "eos_aware": eos_aware, "budget": budget, "match": match, "model": model,
+        "problems": n, "average_steps": sum(result["steps"]) / n,
+        "min_steps": min(result["steps"]), "max_steps": max(result["steps"]),
+        "answer_accuracy": sum(result["answered"]) / n, "solved": sum(result["solved"]) / n,
+        "p_value": p_value, "problems_per_second": n / result["seconds"],
+    }  # fmt: skip
+
+
+def table(rows):
+    """The rows as aligned plain text."""
+    head = "method", "budget", "model", "steps", "[min, max]", "answer % [95% interval]", "solved % [95% interval]", "p", "problems/s"
+    lines = [head]
+    for r in rows:
+        name = r["strategy"] + (" eos_aware" if r["eos_aware"] else "") + {"avg": " @Avg", "max": " @Max", "own": ""}[r["match"]]
+        shares = []
+        for key in ("answer_accuracy", "solved"):
+            low, high = wilson(round(r[key] * r["problems"]), r["problems"])
+            shares.append(f"{100 * r[key]:.1f} [{low:.1f}, {high:.1f}]")
+        p = "" if r["p_value"] is None else f"{r['p_value']:.1e}" if r["p_value"] < 0.001 else f"{r['p_value']:.3f}"
+        lines.append((name, str(r["budget"]), r["model"], f"{r['average_steps']:.2f}", f"[{r['min_steps']}, {r['max_steps']}]", *shares, p, f"{r['problems_per_second']:.0f}"))
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in lines)
+
+
+def steps_by_items(problems, result):
+    """The learned order's average steps by number of items in the problem, as plain text."""
+    lines = ["items  problems  average steps  solved %"]
+    for n in sorted({len(p["items"]) for p in problems}):
+        chosen = [i for i, p in enumerate(problems) if len(p["items"]) == n]
+        steps, solved = (sum(result[key][i] for i in chosen) / len(chosen) for key in ("steps", "solved"))
+        lines.append(f"{n:5d}  {len(chosen):8d}  {steps:13.2f}  {100 * solved:8.1f}")
+    return "\n".join(lines)
+
+
+def print_scores(problems, tokenizer, tokens, canvas, models, budgets, rules=None, batch=128, seed=0, json_file=None, plot_file=None):
+    """Score, then print the table (and steps by number of items on the embedded task), write the files."""
+    runs = len(all_rules() if rules is None else rules) * 2 * len(budgets)
+    with tqdm(total=runs, desc="scoring", unit="rule", dynamic_ncols=True) as bar:
+
+        def progress(row):
+            bar.update()
+            bar.set_postfix_str(f"{row['strategy']} {100 * row['solved']:.1f}%", refresh=False)
+
+        rows, learned = score(problems, tokenizer, tokens, canvas, models, budgets, rules, batch, seed, progress)
+    print(f"\n{len(problems)} held-out problems; p: exact McNemar test of learned against each rule, on solved\n")
+    print(table(rows))
+    for budget in budgets if "items" in problems[0] else ():
+        print(f"\nlearned order, budget {budget}, by number of items in the problem\n")
+        print(steps_by_items(problems, learned[budget]))
+    if json_file:
+        write_file(json_file, json.dumps(rows, indent=1) + "\n")
+    if plot_file:
+        plot(rows, plot_file)
+    return rows
+
+
+def write_file(path, text):
+    try:
+        Path(path).write_text(text)
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror}): give another file")
+
+
+def plot(rows, path):
+    """Share of solved problems against steps, a line a method."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise UserError("--plot needs matplotlib: pip install matplotlib")
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    for strategy, eos_aware in dict.fromkeys((r["strategy"], r["eos_aware"]) for r in rows):
+        mine = sorted((r["average_steps"], 100 * r["solved"]) for r in rows if (r["strategy"], r["eos_aware"]) == (strategy, eos_aware))
+        style = dict(color="black", linewidth=2.5, zorder=3) if strategy == "learned" else dict(linestyle="--" if eos_aware else "-")
+        axes.plot(*zip(*mine), marker="o", label=strategy + (" eos_aware" if eos_aware else ""), **style)
+    axes.set(xlabel="average steps (forward passes)", ylabel="solved, %")
+    axes.legend(fontsize=7)
+    try:
+        figure.savefig(path, bbox_inches="tight", dpi=150)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot write {path} ({error}): give another file, .png, .svg or .pdf")
+
+
+def pick_problems(checkpoint, args):
+    """The problems that a checkpoint's task and --data ask for."""
+    if args.data:
+        if checkpoint["task"] != "gsm8k":
+            raise UserError(f"--data goes with a gsm8k checkpoint, {args.checkpoint} was trained on {checkpoint['task']}")
+        problems = load_gsm8k(args.data, checkpoint["answers"], "test")
+        return problems[: args.problems] if args.problems else problems
+    if checkpoint["task"] == "gsm8k":
+        raise UserError("a gsm8k checkpoint needs --data: a file, a folder, or a hub name like openai/gsm8k")
+    return arithmetic_problems(args.problems or 2000, 1, held_out=True)
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Keep the examples as written, and show every default that is set."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with our one line on stderr instead of its usage block."""
+
+    def __init__(self, doc):
+        super().__init__(description=doc, formatter_class=HelpFormatter)
+
+    def error(self, message):
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def parse_rules(names):
+    """[(strategy, eos_aware)] from names like top_prob or top_prob+eos."""
+    rules = []
+    for name in names:
+        strategy, plus, flag = name.partition("+")
+        if (strategy, bool(plus)) not in all_rules() or flag not in ("", "eos"):
+            known = [s + ("+eos" if e else "") for s, e in all_rules()]
+            raise UserError(f"unknown strategy {name!r}: choose from {', '.join(known)}")
+        rules.append((strategy, bool(plus)))
+    return rules
+
+
+def main(argv=None):
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--checkpoint", default="out/checkpoint.pt", help="what train.py wrote")
+    add("--data", help="gsm8k: a .json/.jsonl(.gz/.xz) file, a folder of them, or a hub name (its test split)")
+    add("--budget", type=int, nargs="+", help="budgets T of the learned order (default: the one it was trained for)")
+    add("--strategies", nargs="+", metavar="RULE", help="rules to compare with, +eos for eos_aware (default: all)")
+    add("--problems", type=int, help="score so many problems (default: 2000 of the embedded task, or the whole file)")
+    add("--batch", type=int, default=128, help="problems generated together")
+    add("--seed", type=int, default=0, help="seed of the draws")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
+    add("--json", metavar="FILE", help="write the rows as JSON")
+    add("--plot", metavar="FILE", help="draw solved against steps (needs matplotlib)")
+    args = parser.parse_args(argv)
+    rules = None if args.strategies is None else parse_rules(args.strategies)
+    checkpoint = load_checkpoint(args.checkpoint, args.device)
+    budgets = args.budget or [checkpoint["budget"]]
+    for name, value in [("--budget", min(budgets)), ("--batch", args.batch), ("--problems", args.problems or 1)]:
+        if value < 1:
+            raise UserError(f"{name} is {value}: it must be at least 1")
+    models = build_models(checkpoint, args.device)
+    tokenizer = Tokenizer(checkpoint["tokenizer"])
+    problems = pick_problems(checkpoint, args)
+    tokens, canvas, fits = encode_problems(problems, tokenizer, checkpoint["config"]["max_len"], checkpoint["canvas_len"], with_answers=False)
+    if not all(fits):
+        print(f"{fits.count(False)} prompts are longer than the context and count as wrong", file=sys.stderr)
+    print_scores(problems, tokenizer, tokens.to(args.device), canvas.to(args.device), models, budgets, rules, args.batch, args.seed, args.json, args.plot)
+
+
+def run_main(main):
+    """Run a script: a UserError is one line on stderr and exit code 2, Ctrl-C is exit code 130."""
+    try:
+        main()
+    except UserError as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,456 @@
+"""Learned generation orders for masked diffusion models, in one file of plain PyTorch.
+
+A masked diffusion model fills a canvas of MASK tokens, several per forward pass. Which positions to
+reveal together is a latent variable r here, learned by variational inference (Fox et al., arXiv
+2602.23968, "[F]"). Read from top to bottom:
+
+    1. model      p_theta(x^i | x_s) and pi_i(x_s): the denoiser and the policy head
+    2. posterior  q_phi(r | x_0): an order that is drawn without running the denoiser
+    3. bound      plain MDM loss, the ELBO over orders, its RLOO gradient
+    4. samplers   the learned order and the fixed rules it is compared with
+
+Shapes: B batch, N sequence length, V vocabulary, D width, T = budget (steps). `canvas` is a bool [B, N],
+true where the answer goes; `masked` is the part of it that is still hidden (M_s). All log-probabilities
+are in nats. Passages marked (R) are rebuilt from published summaries of [F], not from its text.
+
+A denoiser is anything callable as tokens [B, N] -> (logits [B, N, V], hidden [B, N, D]) that carries the
+attributes `mask_id` and (for eos_aware rules) `eos_id`; `Denoiser` below is one.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+# ---------------------------------------------------------------------------------------------------
+# 1. Model: a LLaMA-shaped transformer that attends over everything, so that the published SMDM
+#    checkpoints (Nie et al., arXiv 2410.18514) fit by renaming keys. No time conditioning.
+# ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ModelConfig:
+    """Shape of a denoiser. `mask_id` may lie inside the vocabulary or be equal to `vocab_size`, in which
+    case only the embedding has a row for it. `rope_bf16` rounds the rotary tables as SMDM did."""
+
+    vocab_size: int
+    max_len: int
+    n_layer: int
+    n_head: int
+    n_embd: int
+    n_hidden: int
+    mask_id: int
+    eos_id: int
+    rope_bf16: bool = False
+
+
+def rotary_tables(head_size, length, rope_bf16=False):
+    """cos and sin [length, head_size] of rotary position embedding, base 10000, half-rotation form."""
+    frequency = 10000.0 ** (-torch.arange(0, head_size, 2).float() / head_size)
+    angle = torch.outer(torch.arange(length).float(), frequency).repeat(1, 2)
+    cos, sin = angle.cos(), angle.sin()
+    return (cos.bfloat16().float(), sin.bfloat16().float()) if rope_bf16 else (cos, sin)
+
+
+def rotate(x, cos, sin):
+    """Rotate x [B, heads, N, head_size]: its first half is paired with its second half."""
+    first, second = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat((-second, first), dim=-1) * sin).type_as(x)
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        D, H = config.n_embd, config.n_hidden
+        self.n_head = config.n_head
+        self.norm_1 = nn.RMSNorm(D, eps=1e-5)
+        self.qkv = nn.Linear(D, 3 * D, bias=False)  # rows are (head, q|k|v, head_size), as in SMDM
+        self.proj = nn.Linear(D, D, bias=False)
+        self.norm_2 = nn.RMSNorm(D, eps=1e-5)
+        self.w1 = nn.Linear(D, H, bias=False)
+        self.w2 = nn.Linear(D, H, bias=False)
+        self.w3 = nn.Linear(H, D, bias=False)
+
+    def forward(self, x, cos, sin):
+        B, N, D = x.shape
+        qkv = self.qkv(self.norm_1(x)).view(B, N, self.n_head, 3, D // self.n_head)
+        q, k, v = qkv.permute(3, 0, 2, 1, 4)
+        y = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v)
+        x = x + self.proj(y.transpose(1, 2).reshape(B, N, D))
+        y = self.norm_2(x)
+        return x + self.w3(F.silu(self.w1(y)) * self.w2(y))
+
+
+class Trunk(nn.Module):
+    """Embedding, blocks and final norm: tokens [B, N] -> hidden [B, N, D]."""
+
+    def __init__(self, config, n_layer):
+        super().__init__()
+        self.max_len = config.max_len
+        self.wte = nn.Embedding(max(config.vocab_size, config.mask_id + 1), config.n_embd)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(n_layer))
+        self.norm = nn.RMSNorm(config.n_embd, eps=1e-5)
+        cos, sin = rotary_tables(config.n_embd // config.n_head, config.max_len, config.rope_bf16)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        for name, weight in self.named_parameters():
+            if weight.dim() == 2:
+                into_residual = name.endswith(("proj.weight", "w3.weight"))
+                nn.init.normal_(weight, std=0.02 / math.sqrt(2 * n_layer) if into_residual else 0.02)
+
+    def forward(self, tokens):
+        N = tokens.shape[1]
+        if N > self.max_len:
+            raise ValueError(f"sequence of {N} tokens is longer than the model's context of {self.max_len}")
+        x = self.wte(tokens)
+        for block in self.blocks:
+            x = block(x, self.cos[:N], self.sin[:N])
+        return self.norm(x)
+
+
+class Denoiser(nn.Module):
+    """p_theta(x^i | x_s): tokens int64 [B, N] -> (logits [B, N, V], hidden [B, N, D]).
+
+    The MASK token is never predicted: its logit is -inf if it has one. Raises ValueError where N is
+    longer than `config.max_len`.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.mask_id, self.eos_id = config, config.mask_id, config.eos_id
+        self.trunk = Trunk(config, config.n_layer)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        nn.init.normal_(self.lm_head.weight, std=0.02)
+
+    def forward(self, tokens):
+        hidden = self.trunk(tokens)
+        logits = self.lm_head(hidden)
+        if self.mask_id < self.config.vocab_size:
+            is_mask = torch.arange(self.config.vocab_size, device=logits.device) == self.mask_id
+            logits = logits.masked_fill(is_mask, -math.inf)
+        return logits, hidden
+
+
+class UnmaskPolicy(nn.Module):
+    """pi_i(x_s) = sigmoid(pi_logits): hidden [B, N, D] -> pi_logits [B, N] (R for the form).
+
+    A two-layer head on the denoiser's last hidden states, so that a step of generation costs one pass.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.inner = nn.Linear(config.n_embd, config.n_embd)
+        self.outer = nn.Linear(config.n_embd, 1)
+
+    def forward(self, hidden):
+        return self.outer(F.silu(self.inner(hidden))).squeeze(-1).float()
+
+
+# ---------------------------------------------------------------------------------------------------
+# 2. Posterior over orders (R): alpha = alpha_phi(c, x_0) in (0, 1), one score a position, once, and
+#    q(r | x_s, x_0) = prod_{i in M_s} Bern(r_i; rho_i),  rho_i = (alpha_i / max_{j in M_s} alpha_j)^(1/tau).
+#    The best masked position has rho = 1, so a step always reveals something; positions with scores
+#    within about tau of it are revealed along with it.
+# ---------------------------------------------------------------------------------------------------
+
+
+class OrderPosterior(nn.Module):
+    """log alpha_phi(c, x_0): clean tokens int64 [B, N] -> log_alpha [B, N], below 0.
+
+    n_layer: depth of its own trunk (default: 2, or the denoiser's depth if that is less).
+    """
+
+    def __init__(self, config, n_layer=None):
+        super().__init__()
+        self.trunk = Trunk(config, min(2, config.n_layer) if n_layer is None else n_layer)
+        self.score = nn.Linear(config.n_embd, 1)
+        # Scores must differ by a few tau from the start, or everything is revealed in the first step.
+        nn.init.normal_(self.score.weight, std=0.2 / math.sqrt(config.n_embd))
+        nn.init.zeros_(self.score.bias)
+
+    def start_from(self, denoiser):
+        """Copy the denoiser's embedding and first blocks: it has already learned to read the text."""
+        state = denoiser.trunk.state_dict()
+        self.trunk.load_state_dict({name: state[name] for name in self.trunk.state_dict()})
+        return self
+
+    def forward(self, tokens_clean):
+        return F.logsigmoid(self.score(self.trunk(tokens_clean)).squeeze(-1).float())
+
+
+def log_rho(log_alpha, masked, tau):
+    """log rho_i = (log alpha_i - max_{j in M_s} log alpha_j) / tau, [B, N]; 0 off the masked set.
+
+    log_alpha float [B, N]; masked bool [B, N]; tau > 0. The largest masked score has log rho = 0 exactly.
+    """
+    best = log_alpha.masked_fill(~masked, -math.inf).amax(dim=1, keepdim=True)
+    return torch.where(masked, (log_alpha - best) / tau, 0.0)
+
+
+def log_one_minus(log_p):
+    """log(1 - exp(log_p)) for log_p <= 0, cut off at log 1e-6 with gradient 0 where p is (nearly) 1."""
+    return torch.log(-torch.expm1(log_p.clamp(max=-1e-6)))
+
+
+def draw_path(log_alpha, canvas, steps, tau, generator=None, max_steps=None):
+    """Draw M_steps ~ q by revealing `steps` times from the full canvas, with no network call.
+
+    log_alpha float [B, N]; canvas bool [B, N]; steps int64 [B], how many steps each row takes;
+    max_steps: an upper bound on `steps`, known on the host (given, the function does not wait for
+    the GPU). Returns (masked bool [B, N], log_q [B]): what is still hidden, and
+    log q(r_0 .. r_{steps-1} | x_0), differentiable in log_alpha.
+    """
+    masked, log_q = canvas, log_alpha.new_zeros(len(log_alpha))
+    for s in range(int(steps.max()) if max_steps is None else max_steps):
+        moving = masked & (s < steps)[:, None]
+        log_r = log_rho(log_alpha, moving, tau)
+        u = torch.rand(log_r.shape, device=log_r.device, generator=generator)
+        reveal = moving & (u.log() < log_r)  # log u < 0 always: rho = 1 is always revealed
+        log_q = log_q + torch.where(reveal, log_r, torch.where(moving, log_one_minus(log_r), 0.0)).sum(1)
+        masked = masked & ~reveal
+    return masked, log_q
+
+
+# ---------------------------------------------------------------------------------------------------
+# 3. Bounds and losses.
+# ---------------------------------------------------------------------------------------------------
+
+
+def token_log_prob(logits, tokens):
+    """log p_theta(x_0^i | x_s), fp32 [B, N], of tokens int64 [B, N] under logits [B, N, V]."""
+    loss = F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten(), reduction="none")
+    return -loss.view(tokens.shape)
+
+
+def stratified_uniform(n, device, generator=None):
+    """n draws in [0, 1), each uniform on its own, evenly spread together (low discrepancy)."""
+    u = torch.rand((), device=device, generator=generator)
+    return (torch.arange(n, device=device) / n + u) % 1.0
+
+
+def mdm_loss(denoiser, tokens, canvas, generator=None):
+    """Plain masked-diffusion loss, nats per canvas token (scalar): the negative of `mdm_elbo`, in one draw.
+
+    t ~ U(0, 1]; each canvas token is masked with probability t; sum over masked of CE / t over the
+    canvas length ([S] eq. 3). tokens int64 [B, N] clean; canvas bool [B, N].
+    """
+    t = 1.0 - stratified_uniform(len(tokens), tokens.device, generator)
+    masked = canvas & (torch.rand(tokens.shape, device=tokens.device, generator=generator) < t[:, None])
+    logits, _ = denoiser(tokens.masked_fill(masked, denoiser.mask_id))
+    log_p = torch.where(masked, token_log_prob(logits, tokens), 0.0).sum(1)
+    return -(log_p / t / canvas.sum(1)).mean()
+
+
+@torch.no_grad()
+def mdm_elbo(denoiser, tokens, canvas, samples, generator=None):
+    """Monte Carlo estimate [B] (nats per sequence) of the plain model's bound on log p(x_0 | c).
+
+    Equal in expectation to the integral over t in `mdm_loss`, with less variance: the number m of masked
+    tokens is uniform on 1..L, which ones is uniform, and the sum of their log p is weighted L / m.
+    """
+    length, total = canvas.sum(1), 0.0
+    for _ in range(samples):
+        u = stratified_uniform(len(tokens), tokens.device, generator)
+        count = 1 + (u * length).long().clamp(max=length - 1)
+        noise = torch.rand(tokens.shape, device=tokens.device, generator=generator)
+        masked = top_k(noise, canvas, count)
+        logits, _ = denoiser(tokens.masked_fill(masked, denoiser.mask_id))
+        total = total + torch.where(masked, token_log_prob(logits, tokens), 0.0).sum(1) * length / count
+    return total / samples
+
+
+def step_bound(denoiser, policy, tokens, masked, log_r, last):
+    """f_s of the ELBO [B], in two parts (tokens, kl) with f_s = tokens - kl:
+
+        f_s = sum_{i in M_s} [ rho_i log p_theta(x_0^i | x_s) - KL( Bern(rho_i) || Bern(pi_i) ) ]
+
+    The token term is Rao-Blackwellised: the expectation over r_s is taken in closed form. Rows with
+    `last` true (bool [B]) are at s = T - 1, where rho = pi = 1. log_r is log rho [B, N].
+    """
+    logits, hidden = denoiser(tokens.masked_fill(masked, denoiser.mask_id))
+    pi_logits = policy(hidden)
+    log_r = log_r.masked_fill(last[:, None], 0.0)
+    rho = log_r.exp()
+    token_term = torch.where(masked, rho * token_log_prob(logits, tokens), 0.0).sum(1)
+    kl = rho * (log_r - F.logsigmoid(pi_logits))
+    kl = kl + (1 - rho) * (log_one_minus(log_r) - F.logsigmoid(-pi_logits))
+    return token_term, torch.where(masked & ~last[:, None], kl, 0.0).sum(1)
+
+
+def leave_one_out(value):
+    """RLOO baseline: for value [B, K], the mean of the other K - 1 entries of its row (0 if K = 1)."""
+    K = value.shape[1]
+    return (value.sum(1, keepdim=True) - value) / (K - 1) if K > 1 else torch.zeros_like(value)
+
+
+def order_loss(denoiser, policy, posterior, tokens, canvas, budget, tau, paths, generator=None):
+    """Negative ELBO over orders, nats per canvas token, with the RLOO gradient ([F]; DESIGN of the estimator
+    in the README). One denoiser pass on B * paths sequences.
+
+    Each x_0 gets a step s ~ U{0..T-1} and `paths` paths to M_s ~ q, all sharing s; the estimate is T f_s.
+    Its gradient: through log p, pi and rho in f_s, plus (T f_s - b) grad log q(r_0 .. r_{s-1}) with b the
+    leave-one-out mean. Returns (loss scalar, stats: dict of detached scalars, nats per canvas token).
+    """
+    B, T = len(tokens), budget
+    s = (stratified_uniform(B, tokens.device, generator) * T).long().clamp(max=T - 1)
+    log_alpha = posterior(tokens)
+    tokens, canvas, s, log_alpha = (x.repeat_interleave(paths, 0) for x in (tokens, canvas, s, log_alpha))
+    masked, log_q = draw_path(log_alpha, canvas, s, tau, generator, max_steps=T - 1)
+    log_r = log_rho(log_alpha, masked, tau)
+    token_term, kl = step_bound(denoiser, policy, tokens, masked, log_r, s == T - 1)
+    elbo = T * (token_term - kl)
+    value = elbo.detach().view(B, paths)
+    advantage = (value - leave_one_out(value)).flatten()
+    length = canvas.sum(1)
+    loss = -((elbo + advantage * log_q) / length).mean()
+    with torch.no_grad():
+        stats = {
+            "elbo": (elbo / length).mean(),
+            "kl": (T * kl / length).mean(),
+            "finished": (~masked.any(1)).float().mean(),  # share of rows with nothing left to predict
+        }
+    return stats["elbo"].neg() + (loss - loss.detach()), stats
+
+
+@torch.no_grad()
+def order_elbo(denoiser, policy, posterior, tokens, canvas, budget, tau, samples, generator=None):
+    """Monte Carlo estimate [B] (nats per sequence) of the ELBO over orders, over `samples` full paths:
+
+        log p(x_0 | c) >= E_{M ~ q} sum_{s < T} f_s(M_s).
+
+    With policy and posterior None: the bound of uniformly random orders at this budget, where every token
+    picks its step uniformly (rho_i = pi_i = 1 / (T - s), so KL = 0).
+    """
+    total = torch.zeros(len(tokens), device=tokens.device)
+    log_alpha = None if posterior is None else posterior(tokens)
+    for _ in range(samples):
+        masked = canvas
+        for s in range(budget):
+            last = torch.full((len(tokens),), s == budget - 1, device=tokens.device)
+            if posterior is None:
+                log_r = torch.full(tokens.shape, -math.log(budget - s), device=tokens.device)
+                uniform = torch.logit(log_r.exp())
+                token_term, kl = step_bound(denoiser, lambda hidden: uniform, tokens, masked, log_r, last)
+            else:
+                log_r = log_rho(log_alpha, masked, tau)
+                token_term, kl = step_bound(denoiser, policy, tokens, masked, log_r, last)
+            total += token_term - kl
+            u = torch.rand(tokens.shape, device=tokens.device, generator=generator)
+            masked = masked & ~(u.log() < log_r)
+    return total / samples
+
+
+# ---------------------------------------------------------------------------------------------------
+# 4. Samplers: the learned order and the fixed rules.
+# ---------------------------------------------------------------------------------------------------
+
+CONFIDENCE_RULES = ("top_prob", "top_prob_margin", "entropy", "threshold")  # these may be eos_aware
+STRATEGIES = ("learned", "iid", *CONFIDENCE_RULES, "left_to_right", "random")
+
+
+class Generation(NamedTuple):
+    tokens: torch.Tensor  # int64 [B, N]
+    reveal_step: torch.Tensor  # int64 [B, N], the step that revealed each position, -1 off the canvas
+    steps: torch.Tensor  # int64 [B], forward passes used
+
+
+def top_k(score, candidates, k):
+    """bool [B, N]: the k[b] candidates of highest score in each row (all of them if there are fewer)."""
+    order = score.masked_fill(~candidates, -math.inf).argsort(dim=1, descending=True, stable=True)
+    return candidates & (order.argsort(dim=1) < k[:, None])
+
+
+def rule_score(strategy, logits, generator=None):
+    """What a fixed rule ranks positions by, highest first: float [B, N] from logits [B, N, V]."""
+    B, N, _ = logits.shape
+    if strategy == "random":
+        return torch.rand(B, N, device=logits.device, generator=generator)
+    if strategy == "left_to_right":
+        return -torch.arange(N, device=logits.device).float().expand(B, N)
+    p = logits.float().softmax(-1)
+    if strategy == "entropy":
+        return -torch.special.entr(p).sum(-1)
+    if strategy == "top_prob_margin":
+        best, second = p.topk(2, dim=-1).values.unbind(-1)
+        return best - second
+    return p.amax(-1)
+
+
+def choose_by_rule(strategy, logits, masked, steps_left, eos_id=None, threshold=0.9, generator=None):
+    """Positions a fixed rule reveals, bool [B, N], at least one a row: K = masked / steps_left, rounded up.
+
+    eos_id: given, the rule is EOS-aware: masked positions whose most likely token is EOS are revealed
+    at once and do not count towards K.
+    """
+    if strategy == "iid":  # each with probability 1 / steps_left, and the smallest draw if there is none
+        u = torch.rand(masked.shape, device=masked.device, generator=generator)
+        return masked & (u < 1 / steps_left) | top_k(-u, masked, masked.any(1))
+    eos = torch.zeros_like(masked) if eos_id is None else masked & (logits.argmax(-1) == eos_id)
+    candidates = masked & ~eos
+    score = rule_score(strategy, logits, generator)
+    if strategy == "threshold":
+        k = candidates.any(1)
+        return eos | candidates & (score > threshold) | top_k(score, candidates, k)
+    k = (candidates.sum(1) + steps_left - 1) // steps_left
+    return eos | top_k(score, candidates, k)
+
+
+def choose_by_policy(pi_logits, masked, generator=None):
+    """r_i ~ Bern(pi_i) for i in M_s, bool [B, N]; the position of largest pi where no r_i = 1."""
+    u = torch.rand(masked.shape, device=masked.device, generator=generator)
+    reveal = masked & (u < pi_logits.sigmoid())
+    return reveal | top_k(pi_logits, masked, masked.any(1) & ~reveal.any(1))
+
+
+def draw_tokens(logits, temperature, generator=None):
+    """Tokens int64 [B, N] from softmax(logits / temperature); the most likely ones at temperature 0."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    u = torch.rand(logits.shape, device=logits.device, generator=generator)
+    return (logits.float() / temperature - (-u.log()).log()).argmax(-1)  # Gumbel-max
+
+
+@torch.no_grad()
+def generate(
+    denoiser, tokens, canvas, strategy, budget, policy=None, temperature=0.0, generator=None,
+    eos_aware=False, threshold=0.9,
+):  # fmt: skip
+    """Fill the canvas in at most `budget` forward passes. Rows that are finished leave the batch.
+
+    tokens int64 [B, N] (what lies on the canvas is ignored); canvas bool [B, N]; strategy: one of
+    STRATEGIES ("learned" needs `policy`); eos_aware: see `choose_by_rule`, for CONFIDENCE_RULES only;
+    threshold: the probability above which "threshold" reveals. The last step reveals all that is left.
+    Returns a Generation. Raises ValueError on an unknown strategy or a budget below 1.
+    """
+    if strategy not in STRATEGIES:
+        raise ValueError(f"unknown strategy {strategy!r}: choose from {', '.join(STRATEGIES)}")
+    if budget < 1:
+        raise ValueError(f"budget is {budget}: it must be at least 1 step")
+    if strategy == "learned" and policy is None:
+        raise ValueError("strategy 'learned' needs a policy")
+    if eos_aware and strategy not in CONFIDENCE_RULES:
+        raise ValueError(f"eos_aware goes with {', '.join(CONFIDENCE_RULES)}, not with {strategy!r}")
+    tokens = tokens.masked_fill(canvas, denoiser.mask_id)
+    reveal_step = torch.full_like(tokens, -1)
+    steps = torch.zeros_like(tokens[:, 0])
+    rows = canvas.any(1).nonzero().squeeze(1)
+    for s in range(budget):
+        if len(rows) == 0:
+            break
+        x, masked = tokens[rows], canvas[rows] & (reveal_step[rows] < 0)
+        logits, hidden = denoiser(x)
+        if s == budget - 1:
+            reveal = masked
+        elif strategy == "learned":
+            reveal = choose_by_policy(policy(hidden), masked, generator)
+        else:
+            eos_id = denoiser.eos_id if eos_aware else None
+            reveal = choose_by_rule(strategy, logits, masked, budget - s, eos_id, threshold, generator)
+        tokens[rows] = torch.where(reveal, draw_tokens(logits, temperature, generator), x)
+        reveal_step[rows] = reveal_step[rows].masked_fill(reveal, s)
+        steps[rows] = s + 1
+        rows = rows[(masked & ~reveal).any(1)]
+    return Generation(tokens, reveal_step, steps)

@@ -1,0 +1,513 @@
+"""Tests of mdmvi.py and of the scripts around it. Run: pytest test_mdmvi.py
+
+Section "exactness" holds the mathematics to account on problems so small that every order, token and mask
+can be enumerated. The enumeration is written anew, in plain loops and float64, and calls nothing of mdmvi
+but the networks, so that one mistake cannot be on both sides. Random results are compared over many
+replicated rows, from fixed seeds: means within five standard errors, distributions by chi-square.
+Sections for the scripts follow below it.
+"""
+
+import itertools
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import mdmvi
+
+torch.set_num_threads(1)
+
+# ---------------------------------------------------------------------------------------------------
+# Exactness: a toy problem, and what enumeration says about it
+# ---------------------------------------------------------------------------------------------------
+
+TAU = 0.5
+X0 = torch.tensor([[2, 0, 1, 1], [1, 2, 0, 0]])
+CANVAS = torch.tensor([[1, 1, 0, 1], [0, 1, 1, 0]]).bool()  # of unequal length, each with a prompt
+
+
+class Toy:
+    """Denoiser, policy and posterior that look up their answers, one entry for each possible sequence."""
+
+    def __init__(self, vocab=3, seed=0):
+        g, states = rng(seed), (vocab + 1) ** 4
+        self.mask_id, self.eos_id = vocab, 0
+        self.base = (vocab + 1) ** torch.arange(4)
+        self.logits = (1.5 * torch.randn(states, 4, vocab, generator=g)).requires_grad_()
+        self.pi = torch.randn(states, 4, 1, generator=g).requires_grad_()
+        self.score = torch.randn(states, 4, generator=g).requires_grad_()
+
+    def __call__(self, tokens):
+        state = (tokens * self.base).sum(1)
+        return self.logits[state], self.pi[state]
+
+    def policy(self, hidden):
+        return hidden.squeeze(-1)
+
+    def posterior(self, tokens):
+        return F.logsigmoid(self.score[(tokens * self.base).sum(1)])
+
+
+def rng(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def replicate(n, *tensors):
+    return [x.repeat(n, *[1] * (x.dim() - 1)) for x in tensors]
+
+
+def places(row):
+    return row.nonzero().flatten().tolist()
+
+
+def orders(canvas, T):
+    """All paths r as {position: the step that reveals it}, so that M_s = {i: order[i] >= s}."""
+    positions = places(canvas)
+    for steps in itertools.product(range(T), repeat=len(positions)):
+        yield dict(zip(positions, steps))
+
+
+def look(toy, x0, M):
+    """(log p_theta [N, V], pi [N]) on x0 with the positions M masked."""
+    logits, hidden = toy(torch.tensor([[toy.mask_id if i in M else int(x) for i, x in enumerate(x0)]]))
+    return logits[0].double().log_softmax(-1), toy.policy(hidden)[0].double().sigmoid()
+
+
+def joint(toy, x0, order, T):
+    """log p(r) and log p(x_0 | r): r_i ~ Bern(pi_i) before step T-1, which reveals all that is left."""
+    log_order, log_tokens = 0.0, 0.0
+    for s in range(T):
+        M = [i for i in order if order[i] >= s]
+        log_p, pi = look(toy, x0, M)
+        for i in M:
+            if s < T - 1:
+                log_order = log_order + (pi[i] if order[i] == s else 1 - pi[i]).log()
+            if order[i] == s:
+                log_tokens = log_tokens + log_p[i, x0[i]]
+    return log_order, log_tokens
+
+
+def q_path(log_alpha, order, steps):
+    """q of the first `steps` steps of a path, from rho_i = (alpha_i / max over M_s of alpha)^(1/tau)."""
+    alpha, q = log_alpha.double().exp(), torch.ones((), dtype=torch.double)
+    for s in range(steps):
+        M = [i for i in order if order[i] >= s]
+        for i in M:
+            rho = (alpha[i] / max(alpha[j] for j in M)) ** (1 / TAU)
+            q = q * (rho if order[i] == s else 1 - rho)
+    return q
+
+
+def exact_log_p(toy, x0, canvas, T):
+    return torch.stack([sum(joint(toy, x0, order, T)) for order in orders(canvas, T)]).logsumexp(0)
+
+
+def exact_elbo(toy, x0, canvas, T):
+    """E_q[log p(x_0, r) - log q(r)], its KL part, and the share of steps that find nothing masked."""
+    elbo, kl, finished = 0.0, 0.0, 0.0
+    for order in orders(canvas, T):
+        q = q_path(toy.posterior(x0[None])[0], order, T - 1)
+        if q > 0:
+            log_order, log_tokens = joint(toy, x0, order, T)
+            elbo = elbo + q * (log_order + log_tokens - q.log())
+            kl = kl + q * (q.log() - log_order)
+            finished = finished + q * (T - 1 - max(order.values())) / T
+    return elbo, kl, finished
+
+
+def exact_mdm(toy, x0, canvas):
+    """Of the plain model: (bound, log-likelihood) where every order of single tokens is as likely."""
+    log_p = []
+    for permutation in itertools.permutations(places(canvas)):
+        left = [permutation[j:] for j in range(len(permutation))]
+        log_p.append(sum(look(toy, x0, M)[0][M[0], x0[M[0]]] for M in left))
+    log_p = torch.stack(log_p)
+    return log_p.mean(), log_p.exp().mean().log()
+
+
+def assert_mean(samples, expected, precision):
+    """samples [n, ...] average to `expected` within five standard errors, small enough to mean something."""
+    samples, expected = samples.detach().double(), torch.as_tensor(expected).detach().double()
+    error, scale = samples.std(0) / len(samples) ** 0.5, expected.norm()
+    assert error.norm() <= precision * scale, f"no power: error is {error.norm() / scale:.3g} of the value"
+    off = (samples.mean(0) - expected).abs() / (5 * error + 1e-4 * scale + 1e-12)
+    assert off.max() < 1, f"{5 * off.max():.1f} standard errors off"
+
+
+def assert_distribution(outcomes, probability):
+    """Chi-square of a list of outcomes against {outcome: probability}; the rare ones share one cell."""
+    n, counts = len(outcomes), Counter(outcomes)
+    assert sum(probability.values()) == pytest.approx(1, abs=1e-6)
+    assert all(probability.get(o, 0) > 0 for o in counts), "an outcome that cannot be"
+    cells = [(counts[o], n * p) for o, p in probability.items() if n * p >= 10]
+    rest = (n - sum(c for c, _ in cells), n - sum(e for _, e in cells))
+    cells += [rest] if rest[1] >= 10 else []
+    dof = len(cells) - 1
+    statistic = sum((c - e) ** 2 / e for c, e in cells)
+    assert statistic < dof + 5 * math.sqrt(2 * dof), f"chi-square {statistic:.0f} on {dof} degrees of freedom"
+
+
+# ---------------------------------------------------------------------------------------------------
+# Exactness: bounds and gradients
+# ---------------------------------------------------------------------------------------------------
+
+
+def test_enumerated_likelihood_sums_to_one():
+    total, x0 = 0.0, X0[1].clone()
+    for tokens in itertools.product(range(3), repeat=2):
+        x0[CANVAS[1]] = torch.tensor(tokens)
+        total += exact_log_p(Toy(), x0, CANVAS[1], T=3).exp().item()
+    assert total == pytest.approx(1, abs=1e-9)
+
+
+@pytest.mark.parametrize("T", [1, 2, 3])
+def test_order_elbo(T):
+    toy, (tokens, canvas) = Toy(), replicate(20000, X0, CANVAS)
+    learned = mdmvi.order_elbo(toy, toy.policy, toy.posterior, tokens, canvas, T, TAU, 2, rng(T))
+    uniform = mdmvi.order_elbo(toy, None, None, tokens, canvas, T, TAU, 2, rng(T))
+    for row in range(2):
+        bound, log_p = exact_elbo(toy, X0[row], CANVAS[row], T)[0], exact_log_p(toy, X0[row], CANVAS[row], T)
+        assert abs(bound - log_p) < 1e-9 if T == 1 else bound < log_p - 0.01  # at T = 1 no order is left
+        assert_mean(learned[row::2], bound, precision=0.005)
+        log_p_given_r = [joint(toy, X0[row], order, T)[1] for order in orders(CANVAS[row], T)]
+        assert_mean(uniform[row::2], torch.stack(log_p_given_r).mean(), precision=0.005)
+
+
+@pytest.mark.parametrize("T", [1, 2, 3])
+def test_order_loss_and_its_gradient(T):
+    toy, (tokens, canvas) = Toy(seed=3), replicate(1000, X0, CANVAS)
+    parameters = [toy.logits, toy.pi, toy.score]
+    exact = [exact_elbo(toy, x0, c, T) for x0, c in zip(X0, CANVAS)]
+    loss, kl = (sum(e[j] / c.sum() for e, c in zip(exact, CANVAS)) / 2 for j in (0, 1))
+    expected = [-loss, loss, kl, (exact[0][2] + exact[1][2]) / 2]
+    expected += torch.autograd.grad(-loss, parameters, materialize_grads=True)
+    samples = []
+    for seed in range(40):  # the rows of a call are stratified together: standard errors are over calls
+        estimate, stats = mdmvi.order_loss(
+            toy, toy.policy, toy.posterior, tokens, canvas, T, TAU, paths=8, generator=rng(seed)
+        )
+        gradient = torch.autograd.grad(estimate, parameters)
+        samples.append((estimate, stats["elbo"], stats["kl"], stats["finished"], *gradient))
+    for sample, value in zip(zip(*samples), expected):
+        assert_mean(torch.stack(sample), value, precision=0.02)
+
+
+def test_leave_one_out():
+    value = torch.randn(3, 4, generator=rng(0))
+    for b, k in itertools.product(range(3), range(4)):
+        others = [value[b, j].item() for j in range(4) if j != k]
+        assert mdmvi.leave_one_out(value)[b, k].item() == pytest.approx(sum(others) / 3, abs=1e-6)
+    assert (mdmvi.leave_one_out(value[:, :1]) == 0).all()
+
+
+def test_rloo_halves_the_variance(monkeypatch):
+    model, n = tiny_denoiser(), 500
+    policy = mdmvi.UnmaskPolicy(model.config)
+    x0, log_alpha = torch.randint(5, (1, 16), generator=rng(0)), F.logsigmoid(torch.randn(1, 16, generator=rng(1)))
+    tokens, canvas, log_alpha = replicate(n, x0, torch.arange(16)[None] > 1, log_alpha)
+
+    def variance():
+        leaf = log_alpha.clone().requires_grad_()  # a leaf for each row, so that it gets its own gradient
+        loss, _ = mdmvi.order_loss(model, policy, lambda _: leaf, tokens, canvas, 4, TAU, 8, rng(0))
+        return torch.autograd.grad(loss, leaf)[0].var(0).sum()
+
+    with_baseline = variance()
+    monkeypatch.setattr(mdmvi, "leave_one_out", torch.zeros_like)
+    assert with_baseline < 0.5 * variance()
+
+
+def test_plain_loss_and_bound():
+    toy, (tokens, canvas) = Toy(seed=4), replicate(20000, X0, CANVAS)
+    exact = [exact_mdm(toy, x0, c) for x0, c in zip(X0, CANVAS)]
+    samples = mdmvi.mdm_elbo(toy, tokens, canvas, 2, rng(0))
+    for row, (bound, log_p) in enumerate(exact):
+        assert bound < log_p - 0.01
+        assert_mean(samples[row::2], bound, precision=0.005)
+    losses = torch.stack([mdmvi.mdm_loss(toy, tokens[:4000], canvas[:4000], rng(seed)) for seed in range(60)])
+    assert_mean(losses, -sum(bound / c.sum() for (bound, _), c in zip(exact, CANVAS)) / 2, precision=0.005)
+
+
+def test_stratified_uniform():
+    u = torch.stack([mdmvi.stratified_uniform(5, "cpu", rng(seed)) for seed in range(2000)])
+    assert (u >= 0).all() and (u < 1).all()
+    assert torch.allclose(u.sort(1).values.diff(dim=1), torch.tensor(0.2), atol=1e-5)
+    for row in range(5):
+        assert_distribution((u[:, row] * 10).int().tolist(), dict.fromkeys(range(10), 0.1))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Exactness: paths
+# ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_draw_path_and_its_log_q(steps):
+    log_alpha, canvas = F.logsigmoid(torch.tensor([0.3, -0.5, 2.0, 0.9, -1.2])), torch.tensor([1, 1, 0, 1, 1]).bool()
+    masked, log_q = mdmvi.draw_path(
+        *replicate(20000, log_alpha[None], canvas[None], torch.tensor([steps])), TAU, rng(steps)
+    )
+    probability = {}  # of (M_steps, log q): a path is known by its log q
+    for order in orders(canvas, steps + 1):
+        q = q_path(log_alpha, order, steps).item()
+        if q > 0:
+            probability[tuple(i for i in order if order[i] == steps), math.log(q)] = q
+    outcomes = []
+    for M, value in zip(masked.tolist(), log_q.tolist()):
+        M = tuple(i for i in range(5) if M[i])
+        exact = min((x for other, x in probability if other == M), key=lambda x: abs(x - value))
+        assert abs(exact - value) < 1e-4
+        outcomes.append((M, exact))
+    assert_distribution(outcomes, probability)
+
+
+def test_draw_path_rows():
+    steps, canvas = torch.arange(400) % 6, torch.rand(400, 5, generator=rng(0)) < 0.7
+    log_alpha = F.logsigmoid(torch.randn(400, 5, generator=rng(1)))
+    masked, log_q = mdmvi.draw_path(log_alpha, canvas, steps, TAU, rng(2))
+    assert not (masked & ~canvas).any()
+    assert (masked.sum(1) <= (canvas.sum(1) - steps).clamp(min=0)).all()  # at least one a step
+    assert torch.equal(masked[steps == 0], canvas[steps == 0]) and (log_q[steps == 0] == 0).all()
+    changed = torch.where(torch.arange(400) % 7 == 0, steps, 5 - steps)
+    same = changed == steps  # the other rows' steps and the bound on them make no difference to these
+    for bound in (5, 8):
+        again = mdmvi.draw_path(log_alpha, canvas, changed, TAU, rng(2), max_steps=bound)
+        assert torch.equal(again[0][same], masked[same]) and torch.equal(again[1][same], log_q[same])
+
+
+# ---------------------------------------------------------------------------------------------------
+# Exactness: samplers
+# ---------------------------------------------------------------------------------------------------
+
+RULES = ("top_prob", "top_prob_margin", "entropy", "threshold", "left_to_right", "iid", "random", "learned")
+EOS_AWARE = RULES[:4]
+
+
+def reveal_probability(strategy, M, R, pi, left):
+    """That exactly the positions R of M are revealed with `left` steps to go."""
+    if left == 1:
+        return float(R == M)
+    if strategy == "random":
+        k = math.ceil(len(M) / left)
+        return (len(R) == k) / math.comb(len(M), k)
+    pi = {i: pi[i].item() if strategy == "learned" else 1 / left for i in M}
+    if not R:
+        return 0.0
+    p = math.prod(pi[i] if i in R else 1 - pi[i] for i in M)
+    forced = [max(M, key=pi.get)] if strategy == "learned" else M  # one of these where none was drawn
+    return p + (math.prod(1 - pi[i] for i in M) / len(forced) if len(R) == 1 and R[0] in forced else 0.0)
+
+
+@pytest.mark.parametrize("T, temperature", [(2, 1.0), (3, 0.6)])
+@pytest.mark.parametrize("strategy", ["learned", "iid", "random"])
+def test_distribution_of_tokens_and_steps(strategy, T, temperature):
+    toy, canvas, x0 = Toy(vocab=2, seed=5), CANVAS[0], torch.tensor([0, 0, 1, 0])
+    probability = {}
+    for *tokens, order in itertools.product(*[(0, 1)] * 3, orders(canvas, T)):
+        x0[canvas], p = torch.tensor(tokens), 1.0
+        for s in range(max(order.values()) + 1):
+            M, R = [i for i in order if order[i] >= s], [i for i in order if order[i] == s]
+            log_p, pi = look(toy, x0, M)
+            p *= reveal_probability(strategy, M, R, pi, T - s)
+            p *= math.prod((log_p[i] / temperature).softmax(-1)[x0[i]].item() for i in R)
+        probability[(*tokens, *order.values())] = p
+    out = mdmvi.generate(
+        toy, *replicate(40000, x0[None], canvas[None]), strategy, T, toy.policy, temperature, rng(T)
+    )
+    outcomes = torch.cat((out.tokens[:, canvas], out.reveal_step[:, canvas]), 1)
+    assert_distribution(list(map(tuple, outcomes.tolist())), probability)
+
+
+def tiny_denoiser(vocab_size=5, mask_id=5, n_layer=1):
+    """A Denoiser with weights large enough for probabilities far from uniform."""
+    model, g = mdmvi.Denoiser(mdmvi.ModelConfig(vocab_size, 16, n_layer, 2, 8, 12, mask_id, eos_id=0)), rng(0)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.normal_(float(weight.dim() == 1), 0.6, generator=g)
+    return model
+
+
+def problems():
+    """Canvases of every size and shape, the first of them empty."""
+    tokens = torch.randint(5, (24, 8), generator=rng(0))
+    return tokens, torch.rand(24, 8, generator=rng(1)) < torch.linspace(0, 0.9, 24)[:, None]
+
+
+def slow_rule(strategy, p, M, left, eos_id, threshold):
+    """The positions of M that a fixed rule reveals, from p [N, V]."""
+    score = {
+        "top_prob": lambda i: p[i].max(),
+        "threshold": lambda i: p[i].max(),
+        "top_prob_margin": lambda i: np.sort(p[i])[-1] - np.sort(p[i])[-2],
+        "entropy": lambda i: sum(x * math.log(x) for x in p[i] if x > 0),
+        "left_to_right": lambda i: -i,
+    }[strategy]
+    eos = [i for i in M if p[i].argmax() == eos_id]
+    ranked = sorted((i for i in M if i not in eos), key=score, reverse=True)
+    if strategy == "threshold":
+        return eos + ranked[:1] + [i for i in ranked[1:] if score(i) > threshold]
+    return eos + ranked[: math.ceil(len(ranked) / left)]
+
+
+@pytest.mark.parametrize("strategy, eos_aware", [(r, e) for e in (False, True) for r in RULES[: 4 if e else 5]])
+def test_rules_agree_with_slow_ones(strategy, eos_aware):
+    model, (tokens, canvas) = tiny_denoiser(), problems()
+    for budget in (1, 2, 3, 5, 9):
+        out = mdmvi.generate(model, tokens, canvas, strategy, budget, eos_aware=eos_aware, threshold=0.6)
+        for row in range(len(tokens)):
+            x, M, steps = tokens[row].masked_fill(canvas[row], model.mask_id), places(canvas[row]), 0
+            reveal_step = [-1] * len(x)
+            while M:
+                p, left = model(x[None])[0][0].double().softmax(-1).detach().numpy(), budget - steps
+                R = M if left == 1 else slow_rule(strategy, p, M, left, 0 if eos_aware else None, 0.6)
+                for i in R:
+                    x[i], reveal_step[i] = int(p[i].argmax()), steps
+                M, steps = [i for i in M if i not in R], steps + 1
+            assert out.reveal_step[row].tolist() == reveal_step and out.steps[row] == steps
+            assert torch.equal(out.tokens[row], x)
+
+
+@pytest.mark.parametrize("strategy, eos_aware", [(r, e) for e in (False, True) for r in RULES[: 4 if e else 8]])
+def test_what_every_sampler_promises(strategy, eos_aware):
+    model, (tokens, canvas) = tiny_denoiser(mask_id=3), problems()
+    policy, other = mdmvi.UnmaskPolicy(model.config), tokens.where(~canvas, 4 - tokens)
+    for budget, temperature in itertools.product((1, 3, 20), (0.0, 1.0)):
+        out, again = (
+            mdmvi.generate(model, x, canvas, strategy, budget, policy, temperature, rng(1), eos_aware)
+            for x in (tokens, other)
+        )
+        assert all(torch.equal(a, b) for a, b in zip(out, again))  # what lies on the canvas is ignored
+        assert torch.equal(out.tokens[~canvas], tokens[~canvas]) and (out.reveal_step[~canvas] == -1).all()
+        assert (out.tokens[canvas] != model.mask_id).all() and (out.steps <= budget).all()
+        for c, reveal_step, steps in zip(canvas, out.reveal_step, out.steps):
+            assert set(reveal_step[c].tolist()) == set(range(steps))  # all, and at least one a step
+
+
+def test_rows_that_reach_the_denoiser():
+    model, seen = tiny_denoiser(), []
+    model.register_forward_hook(lambda module, inputs, outputs: seen.append(len(inputs[0])))
+    tokens, canvas = torch.zeros(4, 4).long(), torch.arange(4) < torch.tensor([4, 0, 1, 2])[:, None]
+    out = mdmvi.generate(model, tokens, canvas, "left_to_right", budget=4)
+    assert out.steps.tolist() == [4, 0, 1, 2] and seen == [3, 2, 1, 1]
+    mdmvi.generate(model, tokens, canvas & False, "iid", budget=4)
+    assert len(seen) == 4
+    policy, posterior = mdmvi.UnmaskPolicy(model.config), mdmvi.OrderPosterior(model.config)
+    mdmvi.order_loss(model, policy, posterior, tokens, canvas, 3, TAU, paths=8)
+    assert seen[4:] == [4 * 8]
+
+
+def test_seeds():
+    model, (tokens, canvas) = tiny_denoiser(), problems()
+    tokens, canvas = tokens[8:], canvas[8:]
+    policy, posterior = mdmvi.UnmaskPolicy(model.config), mdmvi.OrderPosterior(model.config)
+
+    def loss(seed):
+        return mdmvi.order_loss(model, policy, posterior, tokens, canvas, 4, TAU, 3, rng(seed))[0].item()
+
+    def sample(seed, strategy):
+        out = mdmvi.generate(model, tokens, canvas, strategy, 4, policy, 1.0, rng(seed))
+        return torch.cat((out.tokens, out.reveal_step)).tolist()
+
+    assert loss(1) == loss(1) != loss(2)
+    for strategy in RULES:
+        assert sample(1, strategy) == sample(1, strategy) != sample(2, strategy)
+
+
+@pytest.mark.parametrize("strategy, budget", [("best", 3), ("iid", 0), ("learned", 3)])
+def test_generate_refuses(strategy, budget):
+    with pytest.raises(ValueError):
+        mdmvi.generate(Toy(), X0, CANVAS, strategy, budget)
+
+
+@pytest.mark.parametrize("strategy", RULES[4:])
+def test_generate_refuses_eos_aware(strategy):
+    with pytest.raises(ValueError, match="eos_aware"):
+        mdmvi.generate(Toy(), X0, CANVAS, strategy, 3, policy=Toy().policy, eos_aware=True)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Exactness: networks
+# ---------------------------------------------------------------------------------------------------
+
+
+def slow_denoiser(model, tokens):
+    """The network on one sequence in float64, a head at a time: logits [N, V], hidden [N, D]."""
+    w = {name.removeprefix("trunk."): x.detach().double().numpy() for name, x in model.named_parameters()}
+    D, heads = model.config.n_embd, model.config.n_head
+    size = D // heads
+    angle = np.outer(np.arange(len(tokens)), 10000.0 ** (-2 * np.arange(size // 2) / size))
+
+    def norm(x, name):
+        return x / np.sqrt((x**2).mean(1, keepdims=True) + 1e-5) * w[name]
+
+    def turn(x):  # each feature of the first half and its partner in the second are one complex number
+        z = (x[:, : size // 2] + 1j * x[:, size // 2 :]) * np.exp(1j * angle)
+        return np.concatenate((z.real, z.imag), 1)
+
+    x = w["wte.weight"][tokens]
+    for layer in range(model.config.n_layer):
+        name = f"blocks.{layer}."
+        h, mixed = norm(x, name + "norm_1.weight"), []
+        for wq, wk, wv in w[name + "qkv.weight"].reshape(heads, 3, size, D):
+            attention = np.exp(turn(h @ wq.T) @ turn(h @ wk.T).T / math.sqrt(size))
+            mixed.append(attention / attention.sum(1, keepdims=True) @ (h @ wv.T))
+        x = x + np.concatenate(mixed, 1) @ w[name + "proj.weight"].T
+        h = norm(x, name + "norm_2.weight")
+        gate = h @ w[name + "w1.weight"].T
+        x = x + (gate / (1 + np.exp(-gate)) * (h @ w[name + "w2.weight"].T)) @ w[name + "w3.weight"].T
+    hidden = norm(x, "norm.weight")
+    return hidden @ w["lm_head.weight"].T, hidden
+
+
+def test_denoiser_agrees_with_a_slow_one():
+    model, tokens = tiny_denoiser(n_layer=2), torch.randint(6, (3, 9), generator=rng(0))
+    for row, *fast in zip(tokens, *model(tokens)):
+        for a, b in zip(fast, slow_denoiser(model, row.numpy())):
+            assert np.abs(a.detach().numpy() - b).max() < 1e-5
+
+
+def test_denoiser_contract():
+    model, tokens = tiny_denoiser(mask_id=3), torch.full((1, 16), 3)
+    logits, hidden = model(tokens)
+    assert logits.shape == (1, 16, 5) and hidden.shape == (1, 16, 8)
+    assert torch.equal(logits == -math.inf, (torch.arange(5) == 3).expand(1, 16, 5))  # never predicts MASK
+    for changed in (0, 15):  # every position sees both ends
+        assert (model(tokens.index_fill(1, torch.tensor([changed]), 1))[1] != hidden).any(-1).all()
+    with pytest.raises(ValueError, match="context"):
+        model(torch.zeros(1, 17).long())
+
+
+def test_posterior_starts_from_the_denoiser():
+    model, (tokens, _) = tiny_denoiser(n_layer=3), problems()
+    posterior = mdmvi.OrderPosterior(model.config).start_from(model)
+    assert len(posterior.trunk.blocks) == 2 and posterior(tokens).shape == tokens.shape
+    assert (posterior(tokens) < 0).all()
+    ours, theirs = posterior.trunk.blocks[1].qkv.weight, model.trunk.blocks[1].qkv.weight
+    assert torch.equal(ours, theirs) and ours.data_ptr() != theirs.data_ptr()
+
+
+def test_a_plain_function_is_a_denoiser():
+    weight, score = (torch.randn(n, 4, generator=rng(n)).requires_grad_() for n in (6, 8))
+
+    def model(tokens):
+        hidden = F.one_hot(tokens, 6).float().cumsum(1)
+        return hidden @ weight, hidden
+
+    def policy(hidden):
+        return hidden[..., 0]
+
+    def posterior(tokens):
+        return F.logsigmoid(score[:, 0]).expand(tokens.shape)
+
+    model.mask_id, model.eos_id = 5, 0
+    tokens, canvas = problems()
+    tokens, canvas = tokens[4:].clamp(max=3), canvas[4:] | (torch.arange(8) == 7)
+    loss = mdmvi.mdm_loss(model, tokens, canvas, rng(0))
+    loss = loss + mdmvi.order_loss(model, policy, posterior, tokens, canvas, 4, TAU, 2, rng(0))[0]
+    loss.backward()
+    assert loss.isfinite() and weight.grad.isfinite().all() and score.grad[:, 0].all()
+    for strategy in RULES:
+        out = mdmvi.generate(model, tokens, canvas, strategy, 3, policy, eos_aware=strategy in EOS_AWARE)
+        assert (out.tokens[canvas] < 4).all() and torch.equal(out.tokens[~canvas], tokens[~canvas])

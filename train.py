@@ -1,0 +1,445 @@
+"""Training: stage 1 (plain MDM), the equal-compute baseline (more of it), stage 2 (orders), then the table.
+
+    python train.py                                        # embedded task, CPU, minutes
+    python train.py --task gsm8k --data openai/gsm8k       # or a local .jsonl(.gz|.xz) file or folder
+    python train.py --resume                               # go on from out/checkpoint.pt
+    python train.py --start out/plain.pt --budget 10 --out out10    # stage 2 only, for another budget
+    python train.py --benchmark                            # speed and memory; no data needed
+
+Everything is in one file, out/checkpoint.pt; out/plain.pt is that file as it was before stage 2, and
+out/log.jsonl tells what happened on the way.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import signal
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import eval_gsm8k
+import mdmvi
+from eval_gsm8k import UserError
+
+#           layers, heads, width, hidden
+SIZES = {"small": (3, 4, 96, 256), "6m": (8, 8, 256, 680), "170m": (18, 12, 768, 3072)}
+STAGES = ("plain", "baseline", "order")
+BF16_PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12, "3090": 71e12}  # dense FLOP/s
+
+
+def parse_args(argv=None):
+    parser = eval_gsm8k.Parser(__doc__)
+    add = parser.add_argument
+    add("--task", default="arithmetic", help="arithmetic (embedded, no download) or gsm8k (needs --data)")
+    add("--data", help="gsm8k: a .json/.jsonl(.gz/.xz) file, a folder of them, or a hub name")
+    add("--answers", default="equations", choices=("equations", "full"), help="gsm8k: only the <<...>> notes, or the whole solution")
+    add("--out", default="out", help="folder for checkpoint.pt, log.jsonl and results.json")
+    add("--resume", action="store_true", help="go on from OUT/checkpoint.pt")
+    add("--start", metavar="FILE", help="take stage 1 and the baseline from the plain.pt of another run, train stage 2 only")
+    add("--seed", type=int, default=0, help="seed of the weights and of every draw")
+    add("--size", default="small", choices=SIZES, help="shape of the model")
+    add("--max-len", type=int, help="tokens in prompt and canvas together (default: 76 for arithmetic, 256 for gsm8k)")
+    add("--canvas-len", type=int, help="tokens in the canvas (default: 43 for arithmetic, 96 for gsm8k)")
+    add("--steps", type=int, default=3000, help="stage 1: plain steps")
+    add("--batch", type=int, default=32, help="stage 1: sequences a step")
+    add("--lr", type=float, default=3e-3, help="stage 1: peak learning rate")
+    add("--order-steps", type=int, default=600, help="stage 2: steps; the baseline sees as many sequences")
+    add("--order-batch", type=int, default=32, help="stage 2: problems a step")
+    add("--paths", type=int, default=8, help="stage 2: paths a problem (K)")
+    add("--order-lr", type=float, default=1e-3, help="stage 2 and baseline: peak learning rate")
+    add("--budget", type=int, default=5, help="stage 2: steps of generation (T)")
+    add("--tau", type=float, default=0.1, help="stage 2: temperature of the posterior")
+    add("--optimizer", default="muon", choices=("muon", "adamw"), help="muon: Muon for the blocks' matrices, AdamW for the rest")
+    add("--freeze-denoiser", action="store_true", help="stage 2: train the policy and the posterior only")
+    add("--no-baseline", action="store_true", help="leave out the equal-compute plain baseline")
+    add("--accumulate", type=int, default=1, help="split each step into so many micro-batches")
+    add("--save-every", type=int, default=200, help="steps between checkpoints")
+    add("--problems", type=int, default=500, help="held-out problems in the closing table (0: no table)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the denoiser (default: on CUDA only)")
+    add("--benchmark", action="store_true", help="time both stages and the samplers on random tokens, then stop")
+    args = parser.parse_args(argv)
+    for name in ("budget", "order_batch", "batch", "paths", "accumulate", "save_every"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be at least 1")
+    if not args.tau > 0:
+        raise UserError(f"--tau is {args.tau}: it must be above 0")
+    if args.task not in ("arithmetic", "gsm8k"):
+        raise UserError(f"unknown task {args.task!r}: choose arithmetic or gsm8k")
+    if args.task == "gsm8k" and not args.data and not args.benchmark:
+        raise UserError("--task gsm8k needs --data: a file, a folder, or a hub name like openai/gsm8k")
+    if args.batch % args.accumulate or args.order_batch % args.accumulate:
+        raise UserError(f"--accumulate {args.accumulate} must divide --batch {args.batch} and --order-batch {args.order_batch}")
+    arithmetic = args.task == "arithmetic"
+    args.max_len = args.max_len or (76 if arithmetic else 256)
+    args.canvas_len = args.canvas_len or (43 if arithmetic else 96)
+    if args.compile is None:
+        args.compile = args.device.startswith("cuda")
+    return args
+
+
+# ---------------------------------------------------------------------------------------------------
+# The run: models, data, checkpoint
+# ---------------------------------------------------------------------------------------------------
+
+
+def load_problems(args):
+    """(training problems, held-out problems), never overlapping."""
+    if args.task == "arithmetic":
+        train = eval_gsm8k.arithmetic_problems(60_000, args.seed, held_out=False)
+        return train, eval_gsm8k.arithmetic_problems(max(args.problems, 256), 1, held_out=True)
+    problems = eval_gsm8k.load_gsm8k(args.data, args.answers)
+    held_out = min(max(args.problems, 256), len(problems) // 10)
+    if held_out == 0:
+        raise UserError(f"{args.data} has {len(problems)} problems: at least 10 are needed")
+    order = torch.randperm(len(problems), generator=torch.Generator().manual_seed(0)).tolist()
+    # Variants of one problem differ in their numbers only: keep them on one side of the split.
+    wording = lambda p: "".join(c for c in p["question"] if c.isalpha())
+    test = [problems[i] for i in order[:held_out]]
+    seen = {wording(p) for p in test}
+    return [problems[i] for i in order[held_out:] if wording(problems[i]) not in seen], test
+
+
+class Run:
+    """What a run consists of: configuration, tokenizer, the four networks, where it stands."""
+
+    def __init__(self, args, tokenizer):
+        n_layer, n_head, n_embd, n_hidden = SIZES[args.size]
+        self.args, self.device, self.tokenizer = args, torch.device(args.device), tokenizer
+        self.config = mdmvi.ModelConfig(
+            tokenizer.vocab_size, args.max_len, n_layer, n_head, n_embd, n_hidden, tokenizer.mask_id, tokenizer.eos_id
+        )
+        torch.manual_seed(args.seed)
+        self.denoiser = mdmvi.Denoiser(self.config).to(self.device)
+        self.policy = mdmvi.UnmaskPolicy(self.config).to(self.device)
+        self.posterior = mdmvi.OrderPosterior(self.config).to(self.device)
+        self.plain = None
+        self.generator = torch.Generator(self.device).manual_seed(args.seed)
+        self.stage, self.step, self.optimizer_state = "plain", 0, None
+
+    def models(self):
+        return self.denoiser, self.policy, self.posterior, self.plain
+
+    def copy_plain(self):
+        """The baseline goes on from where stage 1 ended."""
+        self.plain = mdmvi.Denoiser(self.config).to(self.device)
+        self.plain.load_state_dict(self.denoiser.state_dict())
+
+    def save(self, path, optimizers=None):
+        """Write to a temporary file and rename: a kill at any moment leaves a whole checkpoint behind."""
+        state = {
+            "program": "mdmvi", "task": self.args.task, "answers": self.args.answers,
+            "canvas_len": self.args.canvas_len, "budget": self.args.budget, "tau": self.args.tau, "seed": self.args.seed,
+            "config": asdict(self.config), "tokenizer": self.tokenizer.pieces,
+            "denoiser": self.denoiser.state_dict(), "policy": self.policy.state_dict(),
+            "posterior": self.posterior.state_dict(), "plain": self.plain.state_dict() if self.plain else None,
+            "stage": self.stage, "step": self.step, "optimizer": [o.state_dict() for o in optimizers] if optimizers else None,
+            "generator": self.generator.get_state(),
+        }  # fmt: skip
+        torch.save(state, f"{path}.tmp")
+        os.replace(f"{path}.tmp", path)
+
+    def load(self, path):
+        state = eval_gsm8k.load_checkpoint(path, self.device)
+        for name, here in (("task", self.args.task), ("answers", self.args.answers), ("canvas_len", self.args.canvas_len), ("config", asdict(self.config))):
+            if state[name] != here:
+                raise UserError(f"{path} has {name} {state[name]}, this run has {here}: give the flags it was trained with, or another --out")
+        if state["tokenizer"] != self.tokenizer.pieces:
+            raise UserError(f"{path} has another vocabulary than this data gives: give the --data it was trained with")
+        if state["plain"] is not None:
+            self.copy_plain()
+        for name in ("denoiser", "policy", "posterior", "plain"):
+            if state[name] is not None:
+                getattr(self, name).load_state_dict(state[name])
+        self.generator.set_state(state["generator"].cpu())
+        self.stage, self.step, self.optimizer_state = state["stage"], state["step"], state["optimizer"]
+
+
+# ---------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------
+
+
+def learning_rate(step, steps, peak):
+    """1% warm-up, then a cosine down to a tenth of the peak."""
+    warm_up = max(1, steps // 100)
+    if step < warm_up:
+        return peak * (step + 1) / warm_up
+    return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up))))
+
+
+def autocast(device):
+    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def compiled(model, args):
+    """torch.compile'd, or the model as it is where that does not work here."""
+    if not args.compile:
+        return model
+    try:
+        fast = torch.compile(model)
+        with autocast(torch.device(args.device)):
+            fast(torch.zeros(2, args.max_len, dtype=torch.int64, device=args.device))
+        return fast
+    except Exception as error:
+        print(f"torch.compile does not work here ({type(error).__name__}): going on without it", file=sys.stderr)
+        return model
+
+
+def stage_setup(run, stage):
+    """(modules to train, steps, problems a step, peak learning rate, loss function of a batch)."""
+    args, g = run.args, run.generator
+    if stage == "order":
+        denoiser = compiled(run.denoiser, args)
+        run.denoiser.requires_grad_(not args.freeze_denoiser)
+        modules = [run.policy, run.posterior] + ([] if args.freeze_denoiser else [run.denoiser])
+
+        def loss(tokens, canvas):
+            return mdmvi.order_loss(denoiser, run.policy, run.posterior, tokens, canvas, args.budget, args.tau, args.paths, g)
+
+        return modules, args.order_steps, args.order_batch, args.order_lr, loss
+    model = run.denoiser if stage == "plain" else run.plain
+    denoiser = compiled(model, args)
+    loss = lambda tokens, canvas: (mdmvi.mdm_loss(denoiser, tokens, canvas, g), {})
+    if stage == "plain":
+        return [model], args.steps, args.batch, args.lr, loss
+    return [model], args.order_steps, args.order_batch * args.paths, args.order_lr, loss
+
+
+def make_optimizers(modules, args):
+    """AdamW for everything, or Muon for the matrices inside the blocks and AdamW for the rest.
+
+    Muon learns the embedded task in a third of the steps (README); AdamW is the papers' optimiser.
+    """
+    named = [item for module in modules for item in module.named_parameters()]
+    in_block = lambda name, p: args.optimizer == "muon" and p.dim() == 2 and "blocks." in name
+    rest = [p for name, p in named if not in_block(name, p)]
+    optimizers = [torch.optim.AdamW(rest, betas=(0.9, 0.95), weight_decay=0.1, fused=args.device.startswith("cuda"))]
+    matrices = [p for name, p in named if in_block(name, p)]
+    if matrices:
+        optimizers.append(torch.optim.Muon(matrices, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"))
+    return optimizers
+
+
+def train_step(optimizers, lr, loss_of, tokens, canvas, batch, accumulate, generator):
+    """One step on `batch` random problems; returns (loss, stats), both still on the device."""
+    total = 0.0
+    for _ in range(accumulate):
+        rows = torch.randint(len(tokens), (batch // accumulate,), device=tokens.device, generator=generator)
+        with autocast(tokens.device):
+            loss, stats = loss_of(tokens[rows].long(), canvas[rows])
+        (loss / accumulate).backward()
+        total = total + loss.detach() / accumulate
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    torch.nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], 1.0)
+    for group in groups:
+        group["lr"] = lr
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return total, stats
+
+
+def train_stage(run, stage, tokens, canvas, stop, log):
+    """Train one stage to its end from run.step on. `stop` is a list that a signal fills."""
+    args, path = run.args, Path(run.args.out, "checkpoint.pt")
+    modules, steps, batch, peak, loss_of = stage_setup(run, stage)
+    optimizers = make_optimizers(modules, args)
+    for optimizer, state in zip(optimizers, run.optimizer_state or ()):
+        optimizer.load_state_dict(state)
+    run.optimizer_state = None
+    sequences = batch * (args.paths if stage == "order" else 1)
+    total, since, began = 0.0, 0, time.perf_counter()
+    bar = tqdm(total=steps, initial=run.step, desc=stage, unit="step", dynamic_ncols=True, mininterval=1.0)
+    while run.step < steps:
+        lr = learning_rate(run.step, steps, peak)
+        loss, stats = train_step(optimizers, lr, loss_of, tokens, canvas, batch, args.accumulate, run.generator)
+        total, since = total + loss, since + 1
+        run.step += 1
+        bar.update()
+        saving = run.step % args.save_every == 0 or stop or run.step == steps
+        if saving or run.step % 20 == 0:
+            mean = float(total) / since  # the only place that waits for the device; a NaN stays in the sum
+            if not math.isfinite(mean):
+                raise UserError(f"loss is {mean} at {stage} step {run.step}: {path} is as last saved; lower --{'lr' if stage == 'plain' else 'order-lr'}")
+            rate = since * sequences / (time.perf_counter() - began)
+            bar.set_postfix_str(f"loss {mean:.4f}, {rate:.0f} sequences/s", refresh=False)
+            log(dict(stage=stage, step=run.step, loss=mean, lr=lr, sequences_per_second=rate, **{k: float(v) for k, v in stats.items()}))
+            total, since, began = 0.0, 0, time.perf_counter()
+        if saving and run.step < steps:
+            run.save(path, optimizers)
+        if stop:
+            bar.close()
+            print(f"stopped at {stage} step {run.step}; go on with --resume", file=sys.stderr)
+            raise KeyboardInterrupt
+    bar.close()
+
+
+def train(run, tokens, canvas, stop):
+    """Run the stages that are left, each saved when done."""
+    args, out = run.args, Path(run.args.out)
+    with open(out / "log.jsonl", "a") as file:
+
+        def log(row):
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+
+        while run.stage != "done":
+            stage = run.stage
+            train_stage(run, stage, tokens, canvas, stop, log)
+            run.stage, run.step = {"plain": "order" if args.no_baseline else "baseline", "baseline": "order", "order": "done"}[stage], 0
+            if run.stage == "baseline":
+                run.copy_plain()
+            if run.stage == "order":
+                run.posterior.start_from(run.denoiser)
+                run.save(out / "plain.pt")
+            run.save(out / "checkpoint.pt")
+
+
+def report(run, problems):
+    """Print the bounds and the table, write results.json."""
+    args = run.args
+    tokens, canvas, fits = eval_gsm8k.encode_problems(problems, run.tokenizer, args.max_len, args.canvas_len)
+    denoiser, policy, posterior, plain = run.models()
+    x, on = tokens[fits][:256].long().to(run.device), canvas[fits][:256].to(run.device)
+    generator = torch.Generator(run.device).manual_seed(args.seed)
+    bound = lambda *models: float(mdmvi.order_elbo(*models, x, on, args.budget, args.tau, 4, generator).sum() / on.sum())
+    print(f"\nELBO at T={args.budget}, nats per canvas token, {len(x)} held-out problems, 4 paths each:")
+    print(f"  learned order                      {bound(denoiser, policy, posterior):.4f}")
+    print(f"  uniform random order, same model   {bound(denoiser, None, None):.4f}")
+    if plain is not None:
+        print(f"  uniform random order, plain model  {bound(plain, None, None):.4f}")
+    if args.problems == 0:
+        return
+    problems = problems[: args.problems]
+    tokens, canvas, _ = eval_gsm8k.encode_problems(problems, run.tokenizer, args.max_len, args.canvas_len)
+    eval_gsm8k.print_scores(problems, run.tokenizer, tokens.to(run.device), canvas.to(run.device), run.models(), [args.budget], json_file=Path(args.out, "results.json"))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Benchmark
+# ---------------------------------------------------------------------------------------------------
+
+
+def seconds_of(function, device, repeats):
+    """Seconds of each of `repeats` calls."""
+    times = []
+    for _ in range(repeats):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def benchmark(args, repeats=5):
+    """Both stages at the same number of sequences, then the samplers, on random tokens, in one run."""
+    run = Run(args, RandomTokens(32_000 if args.size == "170m" else 320))
+    run.copy_plain()
+    sequences, g = args.order_batch * args.paths, run.generator
+    tokens = torch.randint(run.config.vocab_size, (512, args.max_len), generator=g, device=run.device)
+    canvas = torch.arange(args.max_len, device=run.device).expand(512, -1) >= args.max_len - args.canvas_len
+    steps = {}
+    for stage in ("baseline", "order"):  # the baseline's batch is as many plain sequences as an order step has
+        modules, _, batch, _, loss_of = stage_setup(run, stage)
+        optimizers = make_optimizers(modules, args)
+        steps[stage] = lambda o=optimizers, f=loss_of, b=batch: train_step(o, 1e-5, f, tokens, canvas, b, args.accumulate, g)
+        seconds_of(steps[stage], run.device, 2)
+    times = {stage: [] for stage in steps}
+    for _ in range(repeats):  # in turn, so that both meet the same machine
+        for stage, step in steps.items():
+            times[stage] += seconds_of(step, run.device, 1)
+    plain, order = (sorted(times[stage])[repeats // 2] for stage in ("baseline", "order"))
+    weights = sum(p.numel() for name, p in run.denoiser.named_parameters() if "wte" not in name)
+    flops = sequences * args.max_len * (6 * weights + 12 * run.config.n_layer * run.config.n_embd * args.max_len)
+    print(f"{args.size}: {weights / 1e6:.1f}M weights in products, {sequences} sequences of {args.max_len} a step, {run.device}")
+    print(f"plain step  {1e3 * plain:9.1f} ms  {sequences * args.max_len / plain:11,.0f} tokens/s  {flops / plain / 1e12:7.2f} TFLOP/s{mfu(flops / plain)}")
+    print(f"order step  {1e3 * order:9.1f} ms  {sequences * args.max_len / order:11,.0f} tokens/s  ratio to plain {order / plain:.2f}")
+    rows, on = tokens[:64].clone(), canvas[:64]
+    with torch.no_grad(), autocast(run.device):
+        forward = lambda: run.denoiser(rows)
+        seconds_of(forward, run.device, 2)
+        print(f"\nsampling 64 sequences, budget {args.budget}; overhead: wall time / (forward passes taken x bare forward time)")
+        for strategy in mdmvi.STRATEGIES:
+            sample = lambda: mdmvi.generate(run.denoiser, rows, on, strategy, args.budget, policy=run.policy, generator=g)
+            bare, wall, passes = [], [], float(sample().steps.sum()) / 64
+            for _ in range(repeats):
+                bare += seconds_of(forward, run.device, 2)
+                wall += seconds_of(sample, run.device, 1)
+            bare, wall = sorted(bare)[repeats], sorted(wall)[repeats // 2]
+            print(f"{strategy:16s} {64 / wall:9.1f} problems/s  {passes:5.2f} steps  overhead {wall / (passes * bare):.2f}")
+    print(f"\npeak memory {peak_memory(run.device) / 2**30:.2f} GiB")
+
+
+class RandomTokens:
+    """Stands where a tokenizer does when there is no text."""
+
+    eos_id, pieces = 0, None
+
+    def __init__(self, vocab_size):
+        self.vocab_size = self.mask_id = vocab_size
+
+
+def mfu(rate):
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    peak = next((value for key, value in BF16_PEAK.items() if key in name), None)
+    return f"  MFU {100 * rate / peak:.1f}%" if peak else ""
+
+
+def peak_memory(device):
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    if args.benchmark:
+        return benchmark(args)
+    out = Path(args.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / ".writable").touch()
+        (out / ".writable").unlink()
+    except OSError as error:
+        raise UserError(f"cannot write to the output folder {out} ({error.strerror}): give another --out")
+    if (out / "checkpoint.pt").exists() and not args.resume:
+        raise UserError(f"{out}/checkpoint.pt exists: pass --resume to go on from it, or another --out")
+    problems, held_out = load_problems(args)
+    sample = problems[:: max(1, len(problems) // 20_000)]
+    tokenizer = eval_gsm8k.Tokenizer.build(p["question"] + eval_gsm8k.SEPARATOR + p["answer"] for p in sample)
+    run = Run(args, tokenizer)
+    tokens, canvas, fits = eval_gsm8k.encode_problems(problems, tokenizer, args.max_len, args.canvas_len)
+    if not any(fits):
+        raise UserError(f"no problem fits {args.max_len} tokens with a canvas of {args.canvas_len}: raise --max-len or --canvas-len")
+    tokens, canvas = tokens[fits].to(run.device), canvas[fits].to(run.device)
+    count = sum(p.numel() for p in run.denoiser.parameters())
+    print(f"{args.task}: {len(tokens):,} problems ({len(fits) - len(tokens):,} do not fit), vocabulary {tokenizer.vocab_size}, {count / 1e6:.2f}M parameters, seed {args.seed}, {run.device}", flush=True)
+    if args.resume:
+        run.load(out / "checkpoint.pt")
+    elif args.start:
+        run.load(args.start)
+        if (run.stage, run.step) != ("order", 0):
+            raise UserError(f"{args.start} is not the plain.pt of a run: give the file as it was before stage 2")
+        run.generator.manual_seed(args.seed)
+    stop = []
+    signal.signal(signal.SIGINT, lambda *_: stop.append(1) if not stop else sys.exit(130))
+    train(run, tokens, canvas, stop)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    report(run, held_out)
+
+
+if __name__ == "__main__":
+    eval_gsm8k.run_main(main)

@@ -39,7 +39,8 @@ class UserError(Exception):
 # ---------------------------------------------------------------------------------------------------
 
 MARKS = (">> <<", ">> #### ", "<<", ">>", "####", "||", "+", "-", "*", "/", "=", *"0123456789")
-PIECE = re.compile("|".join(map(re.escape, MARKS)) + r"| ?[A-Za-z]+| ?[^\sA-Za-z0-9]|\s", re.DOTALL)
+# A word takes the space before it along, and the space after it where a number follows.
+PIECE = re.compile("|".join(map(re.escape, MARKS)) + r"| ?[A-Za-z]+(?: (?=[0-9]))?| ?[^\sA-Za-z0-9](?: (?=[0-9]))?|\s", re.DOTALL)
 
 
 class Tokenizer:
@@ -86,73 +87,77 @@ class Tokenizer:
 PEOPLE = (("Ann", "she"), ("Ben", "he"), ("Eva", "she"), ("Leo", "he"), ("Mia", "she"), ("Sam", "he"), ("Tom", "he"), ("Zoe", "she"))
 THINGS = ("pens", "cups", "mugs", "books", "hats", "toys", "plants", "lamps", "cakes", "bowls")
 STORIES = (
-    ("buys", "{q} {thing} at ${p}", "How much does {they} pay?"),
-    ("sells", "{q} {thing} for ${p}", "How much does {they} earn?"),
-    ("packs", "{q} boxes of {p} {thing}", "How many does {they} pack?"),
+    ("buys", "{a} red and {b} blue {thing}", "How many things does {they} buy?"),
+    ("sells", "{a} big and {b} small {thing}", "How many things does {they} sell?"),
+    ("packs", "{a} old and {b} new {thing}", "How many things does {they} pack?"),
 )
-HELD_OUT = 8  # one in so many problems is kept for testing
+# A subtotal has one digit, a sum of subtotals two: what is uncertain is the order of the steps, not their layout.
+COUNTS = [(a, b) for a in range(1, 9) for b in range(1, 9) if 5 <= a + b <= 9]
+HELD_OUT, SALT = 8, 2  # one in 8 problems is kept for testing; this salt gives every length some
 ITEMS = (1, 2, 3)
 
 
 def is_held_out(items):
-    """Split by the numbers of a problem, whatever its wording and order: `items` is a list of (q, p)."""
-    return zlib.crc32(repr(sorted(items)).encode()) % HELD_OUT == 0
+    """Split by the numbers of a problem, whatever its wording and order: `items` is a list of (a, b)."""
+    return zlib.crc32(repr((sorted(items), SALT)).encode()) % HELD_OUT == 0
 
 
 def arithmetic_solution(items, rng):
-    """One valid solution, drawn at random: a product for each item in any order, a running sum over them,
+    """One valid solution, drawn at random: a subtotal for each item in any order, a running sum over them,
     each sum anywhere after what it adds."""
-    todo, steps, products, total = rng.sample(items, len(items)), [], [], None
-    while todo or products:
-        addable = len(products) >= (2 if total is None else 1)
+    todo, steps, subtotals, total = rng.sample(items, len(items)), [], [], None
+    while todo or len(subtotals) + (total is not None) > 1:
+        addable = len(subtotals) >= (2 if total is None else 1)
         if todo and not (addable and rng.random() < 0.5):
-            q, p = todo.pop(0)
-            steps.append(f"<<{q}*{p}={q * p}>>")
-            products.append(q * p)
-        elif addable:
-            left = products.pop(0) if total is None else total
-            right = products.pop(0)
-            total = left + right
-            steps.append(f"<<{left}+{right}={total}>>")
+            a, b = todo.pop(0)
+            subtotals.append(a + b)
         else:
-            total = products.pop(0)  # a single item
-    return f"{' '.join(steps)} #### {total}"
+            a, b = total if total is not None else subtotals.pop(0), subtotals.pop(0)
+            total = a + b
+        steps.append(f"<<{a}+{b}={a + b}>>")
+    return f"{' '.join(steps)} #### {total or subtotals[0]}"
 
 
 def arithmetic_problems(n, seed, held_out):
-    """n dicts {question, answer, items} from a seeded stream; `held_out` picks the side of the split."""
-    rng, problems = random.Random(seed), []
+    """n dicts {question, answer, items} from a seeded stream; `held_out` picks the side of the split.
+    Held-out questions are all different."""
+    rng, problems, asked = random.Random(seed), [], set()
     while len(problems) < n:
-        items = [(rng.randint(2, 4), rng.randint(2, 5)) for _ in range(rng.choice(ITEMS))]
-        if is_held_out(items) != held_out:
-            continue
+        items = [rng.choice(COUNTS) for _ in range(rng.choice(ITEMS))]
         (who, they), (verb, part, ask) = rng.choice(PEOPLE), rng.choice(STORIES)
         things = rng.sample(THINGS, len(items))
-        parts = [part.format(q=q, p=p, thing=thing) for (q, p), thing in zip(items, things)]
+        parts = [part.format(a=a, b=b, thing=thing) for (a, b), thing in zip(items, things)]
         listed = " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
         question = f"{who} {verb} {listed}. {ask.format(they=they)}"
+        if is_held_out(items) != held_out or (held_out and question in asked):
+            continue
+        asked.add(question)
         problems.append({"question": question, "answer": arithmetic_solution(items, rng), "items": items})
     return problems
 
 
 def solves_arithmetic(text, items):
-    """Is `text` a right solution, in whatever order: each item's product once, sums of what is there, the total."""
+    """Is `text` a right solution, in whatever order: each item's subtotal once, sums of what is there, the total?
+
+    Every equation either adds up one item not yet used, or two results not yet used.
+    """
     equations, _, answer = text.partition(" #### ")
-    todo, values = Counter(tuple(sorted(item)) for item in items), Counter()
-    for equation in equations.split(" "):
-        match = re.fullmatch(r"<<(\d+)([*+])(\d+)=(\d+)>>", equation)
-        if not match:
-            return False
-        a, op, b, c = int(match[1]), match[2], int(match[3]), int(match[4])
-        used = Counter([a, b])
-        if op == "*" and todo[min(a, b), max(a, b)] and a * b == c:
-            todo[min(a, b), max(a, b)] -= 1
-        elif op == "+" and all(values[v] >= used[v] for v in used) and a + b == c:
-            values -= used
-        else:
-            return False
-        values[c] += 1
-    return not any(todo.values()) and values.total() == 1 and answer == str(next(iter(values.elements())))
+    pairs = [re.fullmatch(r"<<(\d+)\+(\d+)=(\d+)>>", equation) for equation in equations.split(" ")]
+    if not all(pairs) or any(int(m[1]) + int(m[2]) != int(m[3]) for m in pairs):
+        return False
+
+    def consistent(equations, todo, results):
+        """Can the rest be read as one or the other, equation by equation, down to the answer?"""
+        if not equations:
+            return not todo.total() and list(results.elements()) == [int(answer)] if answer.isdigit() else False
+        a, b, c = equations[0]
+        item, used = (min(a, b), max(a, b)), Counter((a, b))
+        if todo[item] and consistent(equations[1:], todo - Counter([item]), results + Counter([c])):
+            return True
+        return used <= results and consistent(equations[1:], todo, results - used + Counter([c]))
+
+    todo = Counter((min(item), max(item)) for item in items)
+    return consistent([tuple(map(int, m.groups())) for m in pairs], todo, Counter())
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -398,12 +403,15 @@ def score(problems, tokenizer, tokens, canvas, models, budgets, rules=None, batc
         ours = learned[budget] = run("learned", budget, denoiser, policy=policy)
         average, most = sum(ours["steps"]) / n, max(ours["steps"])
         rows.append(make_row("learned", False, budget, "own", "order", ours, None))
+        done = {}
         for match, steps in (("avg", max(1, round(average))), ("max", most)):
             for strategy, eos_aware in all_rules() if rules is None else rules:
-                tries = [("order", run(strategy, steps, denoiser, eos_aware=eos_aware))]
-                if plain is not None:
-                    tries.append(("plain", run(strategy, steps, plain, eos_aware=eos_aware)))
-                model, best = max(tries, key=lambda t: sum(t[1]["solved"]))
+                if (strategy, eos_aware, steps) not in done:
+                    tries = [("order", run(strategy, steps, denoiser, eos_aware=eos_aware))]
+                    if plain is not None:
+                        tries.append(("plain", run(strategy, steps, plain, eos_aware=eos_aware)))
+                    done[strategy, eos_aware, steps] = max(tries, key=lambda t: sum(t[1]["solved"]))
+                model, best = done[strategy, eos_aware, steps]
                 rows.append(make_row(strategy, eos_aware, budget, match, model, best, mcnemar(ours["solved"], best["solved"])))
                 if progress:
                     progress(rows[-1])

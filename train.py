@@ -45,15 +45,16 @@ def parse_args(argv=None):
     add("--start", metavar="FILE", help="take stage 1 and the baseline from the plain.pt of another run, train stage 2 only")
     add("--seed", type=int, default=0, help="seed of the weights and of every draw")
     add("--size", default="small", choices=SIZES, help="shape of the model")
-    add("--max-len", type=int, help="tokens in prompt and canvas together (default: 76 for arithmetic, 256 for gsm8k)")
-    add("--canvas-len", type=int, help="tokens in the canvas (default: 43 for arithmetic, 96 for gsm8k)")
+    add("--max-len", type=int, help="tokens in prompt and canvas together (default: 68 for arithmetic, 256 for gsm8k)")
+    add("--canvas-len", type=int, help="tokens in the canvas (default: 37 for arithmetic, 96 for gsm8k)")
     add("--steps", type=int, default=3000, help="stage 1: plain steps")
     add("--batch", type=int, default=32, help="stage 1: sequences a step")
     add("--lr", type=float, default=3e-3, help="stage 1: peak learning rate")
     add("--order-steps", type=int, default=600, help="stage 2: steps; the baseline sees as many sequences")
     add("--order-batch", type=int, default=32, help="stage 2: problems a step")
     add("--paths", type=int, default=8, help="stage 2: paths a problem (K)")
-    add("--order-lr", type=float, default=1e-3, help="stage 2 and baseline: peak learning rate")
+    add("--order-lr", type=float, default=1e-3, help="stage 2 and baseline: peak learning rate of the denoiser")
+    add("--head-lr", type=float, default=4e-3, help="stage 2: peak learning rate of policy and posterior")
     add("--budget", type=int, default=5, help="stage 2: steps of generation (T)")
     add("--tau", type=float, default=0.1, help="stage 2: temperature of the posterior")
     add("--optimizer", default="muon", choices=("muon", "adamw"), help="muon: Muon for the blocks' matrices, AdamW for the rest")
@@ -78,8 +79,8 @@ def parse_args(argv=None):
     if args.batch % args.accumulate or args.order_batch % args.accumulate:
         raise UserError(f"--accumulate {args.accumulate} must divide --batch {args.batch} and --order-batch {args.order_batch}")
     arithmetic = args.task == "arithmetic"
-    args.max_len = args.max_len or (76 if arithmetic else 256)
-    args.canvas_len = args.canvas_len or (43 if arithmetic else 96)
+    args.max_len = args.max_len or (68 if arithmetic else 256)
+    args.canvas_len = args.canvas_len or (37 if arithmetic else 96)
     if args.compile is None:
         args.compile = args.device.startswith("cuda")
     return args
@@ -167,12 +168,12 @@ class Run:
 # ---------------------------------------------------------------------------------------------------
 
 
-def learning_rate(step, steps, peak):
-    """1% warm-up, then a cosine down to a tenth of the peak."""
+def share_of_peak(step, steps):
+    """Learning rate schedule: 1% warm-up, then a cosine down to a tenth of the peak."""
     warm_up = max(1, steps // 100)
     if step < warm_up:
-        return peak * (step + 1) / warm_up
-    return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up))))
+        return (step + 1) / warm_up
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
 
 
 def autocast(device):
@@ -194,42 +195,51 @@ def compiled(model, args):
 
 
 def stage_setup(run, stage):
-    """(modules to train, steps, problems a step, peak learning rate, loss function of a batch)."""
+    """({module to train: peak learning rate}, steps, problems a step, loss function of a batch)."""
     args, g = run.args, run.generator
     if stage == "order":
         denoiser = compiled(run.denoiser, args)
         run.denoiser.requires_grad_(not args.freeze_denoiser)
-        modules = [run.policy, run.posterior] + ([] if args.freeze_denoiser else [run.denoiser])
+        modules = {run.policy: args.head_lr, run.posterior: args.head_lr}
+        if not args.freeze_denoiser:
+            modules[run.denoiser] = args.order_lr
 
         def loss(tokens, canvas):
             return mdmvi.order_loss(denoiser, run.policy, run.posterior, tokens, canvas, args.budget, args.tau, args.paths, g)
 
-        return modules, args.order_steps, args.order_batch, args.order_lr, loss
+        return modules, args.order_steps, args.order_batch, loss
     model = run.denoiser if stage == "plain" else run.plain
     denoiser = compiled(model, args)
     loss = lambda tokens, canvas: (mdmvi.mdm_loss(denoiser, tokens, canvas, g), {})
     if stage == "plain":
-        return [model], args.steps, args.batch, args.lr, loss
-    return [model], args.order_steps, args.order_batch * args.paths, args.order_lr, loss
+        return {model: args.lr}, args.steps, args.batch, loss
+    return {model: args.order_lr}, args.order_steps, args.order_batch * args.paths, loss
 
 
 def make_optimizers(modules, args):
     """AdamW for everything, or Muon for the matrices inside the blocks and AdamW for the rest.
 
-    Muon learns the embedded task in a third of the steps (README); AdamW is the papers' optimiser.
+    modules: {module: peak learning rate}. Muon learns the embedded task in a third of the steps (README);
+    AdamW is the papers' optimiser.
     """
-    named = [item for module in modules for item in module.named_parameters()]
-    in_block = lambda name, p: args.optimizer == "muon" and p.dim() == 2 and "blocks." in name
-    rest = [p for name, p in named if not in_block(name, p)]
+    matrices, rest = [], []
+    for module, peak in modules.items():
+        in_block = lambda name, p: args.optimizer == "muon" and p.dim() == 2 and "blocks." in name
+        named = list(module.named_parameters())
+        rest.append({"params": [p for name, p in named if not in_block(name, p)], "peak": peak})
+        matrices.append({"params": [p for name, p in named if in_block(name, p)], "peak": peak})
     optimizers = [torch.optim.AdamW(rest, betas=(0.9, 0.95), weight_decay=0.1, fused=args.device.startswith("cuda"))]
-    matrices = [p for name, p in named if in_block(name, p)]
+    matrices = [group for group in matrices if group["params"]]
     if matrices:
         optimizers.append(torch.optim.Muon(matrices, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"))
     return optimizers
 
 
-def train_step(optimizers, lr, loss_of, tokens, canvas, batch, accumulate, generator):
-    """One step on `batch` random problems; returns (loss, stats), both still on the device."""
+def train_step(optimizers, share, loss_of, tokens, canvas, batch, accumulate, generator):
+    """One step on `batch` random problems at a share of the peak learning rates.
+
+    Returns (loss, stats), both still on the device.
+    """
     total = 0.0
     for _ in range(accumulate):
         rows = torch.randint(len(tokens), (batch // accumulate,), device=tokens.device, generator=generator)
@@ -240,7 +250,7 @@ def train_step(optimizers, lr, loss_of, tokens, canvas, batch, accumulate, gener
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     torch.nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], 1.0)
     for group in groups:
-        group["lr"] = lr
+        group["lr"] = share * group["peak"]
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -250,7 +260,7 @@ def train_step(optimizers, lr, loss_of, tokens, canvas, batch, accumulate, gener
 def train_stage(run, stage, tokens, canvas, stop, log):
     """Train one stage to its end from run.step on. `stop` is a list that a signal fills."""
     args, path = run.args, Path(run.args.out, "checkpoint.pt")
-    modules, steps, batch, peak, loss_of = stage_setup(run, stage)
+    modules, steps, batch, loss_of = stage_setup(run, stage)
     optimizers = make_optimizers(modules, args)
     for optimizer, state in zip(optimizers, run.optimizer_state or ()):
         optimizer.load_state_dict(state)
@@ -259,8 +269,8 @@ def train_stage(run, stage, tokens, canvas, stop, log):
     total, since, began = 0.0, 0, time.perf_counter()
     bar = tqdm(total=steps, initial=run.step, desc=stage, unit="step", dynamic_ncols=True, mininterval=1.0)
     while run.step < steps:
-        lr = learning_rate(run.step, steps, peak)
-        loss, stats = train_step(optimizers, lr, loss_of, tokens, canvas, batch, args.accumulate, run.generator)
+        share = share_of_peak(run.step, steps)
+        loss, stats = train_step(optimizers, share, loss_of, tokens, canvas, batch, args.accumulate, run.generator)
         total, since = total + loss, since + 1
         run.step += 1
         bar.update()
@@ -271,7 +281,7 @@ def train_stage(run, stage, tokens, canvas, stop, log):
                 raise UserError(f"loss is {mean} at {stage} step {run.step}: {path} is as last saved; lower --{'lr' if stage == 'plain' else 'order-lr'}")
             rate = since * sequences / (time.perf_counter() - began)
             bar.set_postfix_str(f"loss {mean:.4f}, {rate:.0f} sequences/s", refresh=False)
-            log(dict(stage=stage, step=run.step, loss=mean, lr=lr, sequences_per_second=rate, **{k: float(v) for k, v in stats.items()}))
+            log(dict(stage=stage, step=run.step, loss=mean, share_of_peak=share, sequences_per_second=rate, **{k: float(v) for k, v in stats.items()}))
             total, since, began = 0.0, 0, time.perf_counter()
         if saving and run.step < steps:
             run.save(path, optimizers)
@@ -351,9 +361,9 @@ def benchmark(args, repeats=5):
     canvas = torch.arange(args.max_len, device=run.device).expand(512, -1) >= args.max_len - args.canvas_len
     steps = {}
     for stage in ("baseline", "order"):  # the baseline's batch is as many plain sequences as an order step has
-        modules, _, batch, _, loss_of = stage_setup(run, stage)
+        modules, _, batch, loss_of = stage_setup(run, stage)
         optimizers = make_optimizers(modules, args)
-        steps[stage] = lambda o=optimizers, f=loss_of, b=batch: train_step(o, 1e-5, f, tokens, canvas, b, args.accumulate, g)
+        steps[stage] = lambda o=optimizers, f=loss_of, b=batch: train_step(o, 0.01, f, tokens, canvas, b, args.accumulate, g)
         seconds_of(steps[stage], run.device, 2)
     times = {stage: [] for stage in steps}
     for _ in range(repeats):  # in turn, so that both meet the same machine

@@ -160,16 +160,19 @@ class UnmaskPolicy(nn.Module):
 class OrderPosterior(nn.Module):
     """log alpha_phi(c, x_0): clean tokens int64 [B, N] -> log_alpha [B, N], below 0.
 
-    n_layer: depth of its own trunk (default: 2, or the denoiser's depth if that is less).
+    n_layer: depth of its own trunk (default: 2, or the denoiser's depth if that is less). lean: the order
+    that training starts from is loosely left to right, the score falling by `lean` a position; about
+    tau / lean tokens are revealed in a step. (Scores that are all alike reveal everything in the first
+    step, and from there training only learns to put off what is uncertain.)
     """
 
-    def __init__(self, config, n_layer=None):
+    def __init__(self, config, n_layer=None, lean=0.03):
         super().__init__()
         self.trunk = Trunk(config, min(2, config.n_layer) if n_layer is None else n_layer)
         self.score = nn.Linear(config.n_embd, 1)
-        # Scores must differ by a few tau from the start, or everything is revealed in the first step.
-        nn.init.normal_(self.score.weight, std=0.2 / math.sqrt(config.n_embd))
+        nn.init.normal_(self.score.weight, std=0.02 / math.sqrt(config.n_embd))
         nn.init.zeros_(self.score.bias)
+        self.register_buffer("lean", -lean * torch.arange(config.max_len))
 
     def start_from(self, denoiser):
         """Copy the denoiser's embedding and first blocks: it has already learned to read the text."""
@@ -178,7 +181,8 @@ class OrderPosterior(nn.Module):
         return self
 
     def forward(self, tokens_clean):
-        return F.logsigmoid(self.score(self.trunk(tokens_clean)).squeeze(-1).float())
+        score = self.score(self.trunk(tokens_clean)).squeeze(-1).float()
+        return F.logsigmoid(score + self.lean[: tokens_clean.shape[1]])
 
 
 def log_rho(log_alpha, masked, tau):
@@ -287,12 +291,14 @@ def leave_one_out(value):
 
 
 def order_loss(denoiser, policy, posterior, tokens, canvas, budget, tau, paths, generator=None):
-    """Negative ELBO over orders, nats per canvas token, with the RLOO gradient ([F]; DESIGN of the estimator
-    in the README). One denoiser pass on B * paths sequences.
+    """Negative ELBO over orders, nats per canvas token, with its RLOO gradient ([F]).
 
-    Each x_0 gets a step s ~ U{0..T-1} and `paths` paths to M_s ~ q, all sharing s; the estimate is T f_s.
-    Its gradient: through log p, pi and rho in f_s, plus (T f_s - b) grad log q(r_0 .. r_{s-1}) with b the
-    leave-one-out mean. Returns (loss scalar, stats: dict of detached scalars, nats per canvas token).
+    Each x_0 gets a step s ~ U{0..T-1} and `paths` paths to M_s ~ q that share it; the estimate is T f_s,
+    from one denoiser pass on B * paths sequences. Its gradient goes through log p, pi and rho in f_s, plus
+    (T f_s - b) grad log q(r_0 .. r_{s-1}) with b the leave-one-out mean over the paths of the same x_0.
+
+    tokens int64 [B, N] clean; canvas bool [B, N], at least one position a row; budget T >= 1.
+    Returns (loss scalar, stats: dict of detached scalars, nats per canvas token).
     """
     B, T = len(tokens), budget
     s = (stratified_uniform(B, tokens.device, generator) * T).long().clamp(max=T - 1)
@@ -305,14 +311,14 @@ def order_loss(denoiser, policy, posterior, tokens, canvas, budget, tau, paths, 
     value = elbo.detach().view(B, paths)
     advantage = (value - leave_one_out(value)).flatten()
     length = canvas.sum(1)
-    loss = -((elbo + advantage * log_q) / length).mean()
-    with torch.no_grad():
-        stats = {
-            "elbo": (elbo / length).mean(),
-            "kl": (T * kl / length).mean(),
-            "finished": (~masked.any(1)).float().mean(),  # share of rows with nothing left to predict
-        }
-    return stats["elbo"].neg() + (loss - loss.detach()), stats
+    stats = {
+        "elbo": (elbo.detach() / length).mean(),
+        "kl": (T * kl.detach() / length).mean(),
+        "finished": (~masked.any(1)).float().mean(),  # share of sequences with nothing left to predict
+    }
+    # The value is the negative ELBO; the score-function term adds to the gradient only.
+    score_term = advantage * (log_q - log_q.detach())
+    return -((elbo + score_term) / length).mean(), stats
 
 
 @torch.no_grad()

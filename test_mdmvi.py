@@ -7,17 +7,32 @@ fixed seeds: means within five standard errors, distributions by chi-square.
 Sections for the scripts follow below it.
 """
 
+import gzip
+import io
 import itertools
+import json
+import lzma
 import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+import eval_gsm8k
 import mdmvi
+import sample
+import train
 
+HERE = Path(__file__).resolve().parent
 torch.set_num_threads(1)
 
 # ---------------------------------------------------------------------------------------------------
@@ -499,3 +514,349 @@ def test_a_plain_function_is_a_denoiser():
         *((mdmvi.generate, X0, CANVAS, rule, 3, toy.policy, 0.0, rng(0), e) for rule, e in WITH_EOS),
     ):
         f(model, *arguments)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Tokenizer, tasks and checkers
+# ---------------------------------------------------------------------------------------------------
+
+SHARED = HERE.parent / "shared"
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the folder shared/ with the GSM8K files is not here")
+ROWS = [
+    {"question": f"Ann has {a} pens in box {chr(63 + a)}{chr(63 + b)} and buys {b} more. How many?", "answer": f"She has <<{a}+{b}={a + b}>>{a + b}.\n#### {a + b}"}
+    for a in range(2, 9)
+    for b in range(2, 9)
+]
+
+
+def test_tokenizer_is_lossless():
+    tokenizer = eval_gsm8k.Tokenizer.build(["Ann buys 3 pens"] * 9)
+    generator = random.Random(0)
+    texts = ["", "Ann buys 12 pens", "<<3*2=6>> #### 6", "日本\t€ é\r\n\x00", "\ud800 lone surrogate", "e\u0301 >> <<  || ####5"]
+    texts += ["".join(chr(generator.randrange(1, 0x11000)) for _ in range(30)) for _ in range(50)]
+    for text in texts:
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert len(tokenizer.encode("Ann buys 12 pens<<3*2=6>>")) == 12  # Ann| buys |1|2| pens|<<|3|*|2|=|6|>>
+    assert tokenizer.decode([0, 200, 255]) is not None  # bytes that are no text
+
+
+def test_held_out_problems_are_never_in_the_training_stream():
+    train = eval_gsm8k.arithmetic_problems(20_000, 0, held_out=False)
+    test = eval_gsm8k.arithmetic_problems(2000, 1, held_out=True)
+    numbers = lambda problems: {tuple(sorted(p["items"])) for p in problems}
+    assert not numbers(train) & numbers(test)
+    assert len({p["question"] for p in test}) == 2000
+    assert {len(p["items"]) for p in test} == {len(p["items"]) for p in train} == {1, 2, 3}
+
+
+def test_checker_takes_every_valid_order_and_nothing_else():
+    items, solutions, generator = [(2, 3), (3, 4), (2, 7)], set(), random.Random(0)
+    for _ in range(500):
+        solutions.add(eval_gsm8k.arithmetic_solution(items, generator))
+    assert len(solutions) == 12  # 3! orders of the items, two places for the first sum
+    for text in solutions:
+        assert eval_gsm8k.solves_arithmetic(text, items)
+        assert eval_gsm8k.solves_equations(text, "#### 21")
+        for i, c in enumerate(text):  # any one digit changed makes it wrong
+            if c.isdigit():
+                assert not eval_gsm8k.solves_arithmetic(text[:i] + str((int(c) + 1) % 10) + text[i + 1 :], items)
+    for text in ("", "#### 21", "<<2+3=5>> #### 5", "<<2+3=5>> <<2+3=5>> <<3+4=7>> <<5+5=10>> <<10+7=17>> #### 17"):
+        assert not eval_gsm8k.solves_arithmetic(text, items)
+    twice = [(2, 3), (2, 3)]
+    assert eval_gsm8k.solves_arithmetic("<<2+3=5>> <<3+2=5>> <<5+5=10>> #### 10", twice)
+    assert not eval_gsm8k.solves_arithmetic("<<2+3=5>> <<5+5=10>> #### 10", twice)
+    # 5 + 7 is an item and two subtotals at once: read as whichever makes the whole right
+    assert eval_gsm8k.solves_arithmetic("<<2+3=5>> <<3+4=7>> <<5+7=12>> <<5+7=12>> <<12+12=24>> #### 24", [(5, 7), (2, 3), (3, 4)])
+    assert not eval_gsm8k.solves_arithmetic("<<2+3=5>> <<3+4=7>> <<5+7=12>> #### 12", [(5, 7), (2, 3), (3, 4)])
+
+
+@pytest.mark.parametrize(
+    "text, number",
+    [("#### 72", 72), ("x #### $1,234.50.", 1234.5), ("#### 5 apples, so #### 6.00", 6), ("72", None), ("####", None), ("#### -3", -3), ("#### 12 of 30", 30)],
+)
+def test_final_number(text, number):
+    assert eval_gsm8k.final_number(text) == number
+
+
+@pytest.mark.parametrize(
+    "text, right",
+    [
+        ("<<48/2=24>> <<48+24=72>> #### 72", True),
+        ("<<10/3=3.33>> <<3.33*100=333>> #### 333", True),
+        ("<<200*50%=100>> #### 100", True),
+        ("<<(2+3)*4=20>>prose <<20-5=15>>\n#### 15", True),
+        ("<<48/2=25>> <<48+24=72>> #### 72", False),
+        ("<<48/2=24>> <<48+24=72>> #### 70", False),
+        ("<<48/2=24>> #### 72", False),
+        ("#### 72", False),
+        ("<<1/0=72>> #### 72", False),
+        ("<<__import__('os')=72>> #### 72", False),
+    ],
+)
+def test_solves_equations(text, right):
+    assert eval_gsm8k.solves_equations(text, "#### 72" if "72" in text or "70" in text else "####" + text.rpartition("####")[2]) == right
+
+
+def test_statistics():
+    assert eval_gsm8k.mcnemar([1, 1, 1, 1, 0], [0, 0, 0, 0, 0]) == 2 / 2**4
+    assert eval_gsm8k.mcnemar([1, 0], [0, 1]) == 1.0
+    assert eval_gsm8k.mcnemar([1] * 8 + [0], [0] * 8 + [1]) == pytest.approx(2 * (1 + 9) / 2**9)
+    low, high = eval_gsm8k.wilson(8, 10)
+    assert (low, high) == (pytest.approx(49.02, abs=0.01), pytest.approx(94.33, abs=0.01))
+
+
+def write_rows(path, rows):
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
+    with opener(path, "wt") as file:
+        file.write(text)
+    return str(path)
+
+
+def test_data_files_of_both_layouts(tmp_path, monkeypatch):
+    aug = [{"question": "Q", "cot": "<<2+3=5>> <<5*2=10>>", "answer": "10"}]
+    assert eval_gsm8k.load_gsm8k(write_rows(tmp_path / "aug.jsonl", aug))[0]["answer"] == "<<2+3=5>> <<5*2=10>> #### 10"
+    expected = eval_gsm8k.load_gsm8k(write_rows(tmp_path / "a.jsonl", ROWS))
+    assert expected[0] == {"question": ROWS[0]["question"], "answer": "<<2+2=4>> #### 4", "reference": "#### 4"}
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in ("a.jsonl.gz", "b.json.xz"):
+        write_rows(folder / name, ROWS)
+    assert eval_gsm8k.load_gsm8k(str(folder)) == 2 * expected
+    (tmp_path / "list.json").write_text(json.dumps(ROWS, indent=1))
+    assert eval_gsm8k.load_gsm8k(str(tmp_path / "list.json")) == expected
+    assert eval_gsm8k.load_gsm8k(str(tmp_path / "a.jsonl"), "full")[0]["answer"] == ROWS[0]["answer"]
+    asked = {}
+    monkeypatch.setattr("datasets.load_dataset", lambda name, config, split: asked.update(name=name, config=config, split=split) or ROWS)
+    assert eval_gsm8k.load_gsm8k("openai/gsm8k", split="test") == expected
+    assert asked == {"name": "openai/gsm8k", "config": "main", "split": "test"}
+
+
+@needs_shared
+def test_real_gsm8k_files():
+    test = eval_gsm8k.load_gsm8k(str(SHARED / "gsm8k" / "test.jsonl"))
+    assert len(test) == 1319
+    assert all(eval_gsm8k.final_number(p["reference"]) is not None for p in test)
+    solved = sum(eval_gsm8k.solves_equations(p["answer"], p["reference"]) for p in test)
+    assert solved > 0.9 * len(test)  # some references have no note for their last step
+
+
+# ---------------------------------------------------------------------------------------------------
+# The scripts
+# ---------------------------------------------------------------------------------------------------
+
+TINY = "--steps 6 --batch 4 --order-steps 4 --order-batch 2 --paths 2 --save-every 2 --problems 0".split()
+
+
+def run(script, *args):
+    """Run a script's main in this process; returns its exit code."""
+    try:
+        eval_gsm8k.run_main(lambda: script.main([str(a) for a in args]))
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with a tiny gsm8k run: data.jsonl and out/."""
+    folder = tmp_path_factory.mktemp("trained")
+    write_rows(folder / "data.jsonl", ROWS)
+    assert run(train, *gsm8k(folder), "--out", folder / "out") == 0
+    return folder
+
+
+def gsm8k(folder):
+    return ["--task", "gsm8k", "--data", folder / "data.jsonl", "--max-len", 64, "--canvas-len", 24, *TINY]
+
+
+def tensors(state, prefix=""):
+    if isinstance(state, torch.Tensor):
+        yield prefix, state
+    elif isinstance(state, (dict, list)):
+        for key, value in state.items() if isinstance(state, dict) else enumerate(state):
+            yield from tensors(value, f"{prefix}.{key}")
+
+
+def same(first, second):
+    first, second = (dict(tensors(torch.load(path, weights_only=True))) for path in (first, second))
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+@pytest.mark.parametrize("at", [3, 8, 13])  # in stage 1, in the baseline, in stage 2
+def test_ctrl_c_saves_and_resuming_equals_not_having_stopped(trained, tmp_path, monkeypatch, capsys, at):
+    steps, step = [], train.train_step
+
+    def interrupted(*args):
+        steps.append(1)
+        if len(steps) == at:
+            signal.raise_signal(signal.SIGINT)
+        return step(*args)
+
+    monkeypatch.setattr(train, "train_step", interrupted)
+    assert run(train, *gsm8k(trained), "--out", tmp_path) == 130
+    assert len(steps) == at and "--resume" in capsys.readouterr().err
+    assert run(train, *gsm8k(trained), "--out", tmp_path, "--resume") == 0
+    assert same(tmp_path / "checkpoint.pt", trained / "out" / "checkpoint.pt")
+    assert same(tmp_path / "plain.pt", trained / "out" / "plain.pt")
+    logged = [json.loads(line) for line in open(tmp_path / "log.jsonl")]
+    assert [(r["stage"], r["step"]) for r in logged] == sorted({(r["stage"], r["step"]) for r in logged}, key=lambda x: (train.STAGES.index(x[0]), x[1]))
+
+
+def test_another_seed_gives_another_result(trained, tmp_path):
+    assert run(train, *gsm8k(trained), "--out", tmp_path, "--seed", 1) == 0
+    assert not same(tmp_path / "checkpoint.pt", trained / "out" / "checkpoint.pt")
+
+
+@pytest.mark.skipif("SLOW" not in os.environ, reason="20 kills take minutes: set SLOW=1")
+def test_twenty_kills_at_random_moments(trained, tmp_path):
+    command = [sys.executable, "train.py", *map(str, gsm8k(trained)), "--steps", "60", "--save-every", "1", "--out", str(tmp_path)]
+    generator = random.Random(0)
+    for _ in range(20):
+        resume = ["--resume"] if (tmp_path / "checkpoint.pt").exists() else []
+        process = subprocess.Popen(command + resume, cwd=HERE, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        time.sleep(generator.uniform(1, 8))
+        process.kill()
+        process.wait()
+        if (tmp_path / "checkpoint.pt").exists():
+            eval_gsm8k.load_checkpoint(tmp_path / "checkpoint.pt")
+    assert subprocess.run(command + ["--resume"], cwd=HERE).returncode == 0
+    assert run(train, *gsm8k(trained), "--steps", 60, "--out", tmp_path / "straight") == 0
+    assert same(tmp_path / "checkpoint.pt", tmp_path / "straight" / "checkpoint.pt")
+
+
+def test_a_nan_loss_stops_before_the_checkpoint_is_touched(trained, tmp_path, monkeypatch, capsys):
+    loss, calls = mdmvi.mdm_loss, []
+
+    def broken(*args):
+        calls.append(1)
+        return loss(*args) * (math.nan if len(calls) == 4 else 1)
+
+    monkeypatch.setattr(mdmvi, "mdm_loss", broken)
+    assert run(train, *gsm8k(trained), "--out", tmp_path) == 2
+    assert "nan" in capsys.readouterr().err
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert state["step"] == 2 and all(x.isfinite().all() for _, x in tensors(state))
+
+
+def test_another_budget_starts_from_stage_1(trained, tmp_path):
+    assert run(train, *gsm8k(trained), "--out", tmp_path, "--budget", 3, "--start", trained / "out" / "plain.pt") == 0
+    ours, theirs = (torch.load(d / "checkpoint.pt", weights_only=True) for d in (tmp_path, trained / "out"))
+    assert ours["budget"] == 3 and all(torch.equal(ours["plain"][k], theirs["plain"][k]) for k in theirs["plain"])
+    assert run(train, *gsm8k(trained), "--out", tmp_path / "x", "--start", trained / "out" / "checkpoint.pt") == 2
+
+
+def test_frozen_denoiser_and_no_baseline(trained, tmp_path):
+    assert run(train, *gsm8k(trained), "--out", tmp_path, "--freeze-denoiser", "--no-baseline", "--optimizer", "adamw") == 0
+    before, after = (torch.load(tmp_path / name, weights_only=True) for name in ("plain.pt", "checkpoint.pt"))
+    assert after["plain"] is None
+    assert all(torch.equal(before["denoiser"][k], after["denoiser"][k]) for k in before["denoiser"])
+    assert any(not torch.equal(before["policy"][k], after["policy"][k]) for k in before["policy"])
+
+
+def test_scoring_writes_what_it_prints(trained, tmp_path, capsys):
+    args = ["--checkpoint", trained / "out" / "checkpoint.pt", "--data", trained / "data.jsonl", "--problems", 6]
+    assert run(eval_gsm8k, *args, "--budget", 2, 3, "--strategies", "iid", "top_prob+eos", "--json", tmp_path / "rows.json") == 0
+    printed, rows = capsys.readouterr().out, json.loads((tmp_path / "rows.json").read_text())
+    assert [(r["strategy"], r["budget"], r["match"]) for r in rows[:4]] == [("learned", 2, "own"), ("iid", 2, "avg"), ("top_prob", 2, "avg"), ("iid", 2, "max")]
+    keys = "strategy eos_aware budget match problems average_steps min_steps max_steps answer_accuracy solved p_value problems_per_second"
+    assert all(set(keys.split()) <= set(row) for row in rows) and len(rows) == 10
+    assert all(r["problems"] == 6 and r["max_steps"] <= r["budget"] for r in rows)
+    assert "top_prob eos_aware @Avg" in printed and printed.isascii()
+
+
+def test_sample_shows_the_order(trained, tmp_path, capsys, monkeypatch):
+    checkpoint = ["--checkpoint", trained / "out" / "checkpoint.pt"]
+    assert run(sample, ROWS[0]["question"], *checkpoint, "--budget", 3, "--strategy", "learned", "left_to_right", "--html", tmp_path / "o.html") == 0
+    printed, page = capsys.readouterr().out, (tmp_path / "o.html").read_text()
+    assert "left_to_right, 3 steps" in printed and printed.count("order:") == 2 and "\033" not in printed
+    assert "step 3: " in printed and "_" not in printed.split("step 3: ")[1].split("\n")[0]
+    assert page.count("data-step=") == 2 * 24 and "http" not in page and "<script>" in page
+    monkeypatch.setattr("sys.stdin", io.StringIO(ROWS[0]["question"]))
+    assert run(sample, *checkpoint) == 0
+
+
+def test_benchmark_needs_no_data(capsys):
+    assert run(train, "--benchmark", "--order-batch", 1, "--paths", 2, "--max-len", 12, "--canvas-len", 6) == 0
+    printed = capsys.readouterr().out
+    assert "ratio to plain" in printed and "peak memory" in printed
+
+
+# ---------------------------------------------------------------------------------------------------
+# Bad input: one line on stderr, exit code 2, nothing overwritten
+# ---------------------------------------------------------------------------------------------------
+
+
+def broken_files(folder, trained):
+    good = (trained / "out" / "checkpoint.pt").read_bytes()
+    files = {
+        "empty.pt": b"", "cut.pt": good[: len(good) // 2], "text.pt": b"hello", "empty.jsonl": b"",
+        "bad.jsonl": b'{"question": "a", "answer": "#### 1"}\n{"question": oops}\n', "bad.json": b"[1,\n2",
+        "columns.jsonl": b'{"text": "a"}\n', "cut.jsonl.gz": gzip.compress(b"x" * 9999)[:30], "few.jsonl": b'{"question": "a", "answer": "#### 1"}\n',
+    }  # fmt: skip
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    torch.save({"model": {}}, folder / "foreign.pt")
+    (folder / "none").mkdir()
+    (folder / "file").touch()
+
+
+BAD = [
+    (eval_gsm8k, "--checkpoint no.pt", "no checkpoint at"),
+    (eval_gsm8k, "--checkpoint empty.pt", "is empty"),
+    (eval_gsm8k, "--checkpoint cut.pt", "damaged or not a checkpoint"),
+    (eval_gsm8k, "--checkpoint text.pt", "damaged or not a checkpoint"),
+    (eval_gsm8k, "--checkpoint foreign.pt", "another program"),
+    (eval_gsm8k, "--checkpoint GOOD", "needs --data"),
+    (eval_gsm8k, "--checkpoint GOOD --data no.jsonl", "no data at"),
+    (eval_gsm8k, "--checkpoint GOOD --data empty.jsonl", "is empty"),
+    (eval_gsm8k, "--checkpoint GOOD --data bad.jsonl", "line 2 is not JSON"),
+    (eval_gsm8k, "--checkpoint GOOD --data bad.json", "line 2 is not JSON"),
+    (eval_gsm8k, "--checkpoint GOOD --data columns.jsonl", "line 1 has no column 'question'"),
+    (eval_gsm8k, "--checkpoint GOOD --data cut.jsonl.gz", "cannot read"),
+    (eval_gsm8k, "--checkpoint GOOD --data none", "no .json or .jsonl file"),
+    (eval_gsm8k, "--checkpoint GOOD --data owner/name", "hub"),
+    (eval_gsm8k, "--checkpoint GOOD --data DATA --budget 0", "--budget is 0"),
+    (eval_gsm8k, "--checkpoint GOOD --data DATA --strategies best", "unknown strategy 'best'"),
+    (eval_gsm8k, "--checkpoint GOOD --data DATA --strategies iid+eos", "unknown strategy"),
+    (eval_gsm8k, "--checkpoint GOOD --data DATA --problems 1 --strategies iid --json none/no/rows.json", "cannot write"),
+    (eval_gsm8k, "--nonsense", "unrecognized arguments"),
+    (sample, "hello --checkpoint no.pt", "no checkpoint at"),
+    (sample, "hello --checkpoint GOOD --budget 0", "--budget is 0"),
+    (sample, "hello --checkpoint GOOD --strategy best", "unknown strategy 'best'"),
+    (sample, "LONG --checkpoint GOOD", "shorten it"),
+    (train, "--task chess", "unknown task 'chess'"),
+    (train, "--task gsm8k", "needs --data"),
+    (train, "--budget 0", "--budget is 0"),
+    (train, "--tau 0", "--tau is 0"),
+    (train, "--task gsm8k --data few.jsonl --out new", "at least 10"),
+    (train, "--task gsm8k --data DATA --out file/out", "cannot write to the output folder"),
+    (train, "--task gsm8k --data DATA --max-len 8 --canvas-len 4 --out new", "no problem fits"),
+    (train, "--out OUT", "pass --resume"),
+    (train, "--out OUT --resume", "has task gsm8k"),
+    (train, "--task gsm8k --data DATA --max-len 64 --canvas-len 24 --size 6m --out OUT --resume", "has config"),
+    (train, "--task gsm8k --data DATA --out none --resume", "no checkpoint at"),
+]
+
+
+@pytest.mark.parametrize("script, line, says", BAD, ids=[f"{s.__name__} {line}" for s, line, _ in BAD])
+def test_bad_input(trained, tmp_path, monkeypatch, capsys, script, line, says):
+    broken_files(tmp_path, trained)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: (_ for _ in ()).throw(ConnectionError("no network")))
+    words = {"GOOD": trained / "out" / "checkpoint.pt", "DATA": trained / "data.jsonl", "OUT": trained / "out", "LONG": "pens " * 99}
+    snapshot = {p: p.read_bytes() for p in [*(trained / "out").iterdir(), *tmp_path.glob("*.*")]}
+    assert run(script, *[words.get(word, word) for word in line.split()]) == 2
+    error = capsys.readouterr().err
+    message = [text for text in error.split("\n") if text and "rule/s" not in text]
+    assert len(message) == 1 and says in message[0], error
+    assert all(p.read_bytes() == content for p, content in snapshot.items())
+
+
+@pytest.mark.parametrize("script", ["train", "sample", "eval_gsm8k"])
+def test_as_a_process(script, tmp_path):
+    """Exit code 2, one line, no traceback; --help tells every default."""
+    bad = subprocess.run([sys.executable, f"{script}.py", "--no-such-flag"], cwd=HERE, capture_output=True, text=True)
+    assert bad.returncode == 2 and bad.stderr.startswith(f"{script}.py: ") and bad.stderr.count("\n") == 1 and not bad.stdout
+    shown = subprocess.run([sys.executable, f"{script}.py", "--help"], cwd=HERE, capture_output=True, text=True)
+    assert shown.returncode == 0 and "(default: " in shown.stdout

@@ -119,14 +119,20 @@ class Run:
         )
         torch.manual_seed(args.seed)
         self.denoiser = mdmvi.Denoiser(self.config).to(self.device)
-        self.policy = mdmvi.UnmaskPolicy(self.config).to(self.device)
-        self.posterior = mdmvi.OrderPosterior(self.config).to(self.device)
         self.plain = None
+        self.begin_orders()
         self.generator = torch.Generator(self.device).manual_seed(args.seed)
         self.stage, self.step, self.optimizer_state = "plain", 0, None
 
     def models(self):
         return self.denoiser, self.policy, self.posterior, self.plain
+
+    def begin_orders(self):
+        """New policy and posterior, as stage 2 starts with them."""
+        torch.manual_seed(self.args.seed)
+        self.policy = mdmvi.UnmaskPolicy(self.config).to(self.device)
+        lean = 2 * self.args.tau * self.args.budget / self.args.canvas_len  # half of canvas / T tokens a step
+        self.posterior = mdmvi.OrderPosterior(self.config, lean=lean).to(self.device).start_from(self.denoiser)
 
     def copy_plain(self):
         """The baseline goes on from where stage 1 ended."""
@@ -308,7 +314,7 @@ def train(run, tokens, canvas, stop):
             if run.stage == "baseline":
                 run.copy_plain()
             if run.stage == "order":
-                run.posterior.start_from(run.denoiser)
+                run.begin_orders()
                 run.save(out / "plain.pt")
             run.save(out / "checkpoint.pt")
 
@@ -443,6 +449,7 @@ def main(argv=None):
         run.load(args.start)
         if (run.stage, run.step) != ("order", 0):
             raise UserError(f"{args.start} is not the plain.pt of a run: give the file as it was before stage 2")
+        run.begin_orders()
         run.generator.manual_seed(args.seed)
     stop = []
     signal.signal(signal.SIGINT, lambda *_: stop.append(1) if not stop else sys.exit(130))

@@ -160,10 +160,10 @@ class UnmaskPolicy(nn.Module):
 class OrderPosterior(nn.Module):
     """log alpha_phi(c, x_0): clean tokens int64 [B, N] -> log_alpha [B, N], below 0.
 
-    n_layer: depth of its own trunk (default: 2, or the denoiser's depth if that is less). lean: the order
-    that training starts from is loosely left to right, the score falling by `lean` a position; about
-    tau / lean tokens are revealed in a step. (Scores that are all alike reveal everything in the first
-    step, and from there training only learns to put off what is uncertain.)
+    n_layer: depth of its own trunk (default: 2, or the denoiser's depth if that is less).
+    lean: the order that training starts from is loosely left to right: the score falls by `lean` with each
+    token, and the EOS tail counts as one. About tau / lean tokens are revealed in a step. (Scores that are
+    all alike reveal everything at once, and from there training only learns to put off what is uncertain.)
     """
 
     def __init__(self, config, n_layer=None, lean=0.03):
@@ -172,7 +172,8 @@ class OrderPosterior(nn.Module):
         self.score = nn.Linear(config.n_embd, 1)
         nn.init.normal_(self.score.weight, std=0.02 / math.sqrt(config.n_embd))
         nn.init.zeros_(self.score.bias)
-        self.register_buffer("lean", -lean * torch.arange(config.max_len))
+        self.eos_id = config.eos_id
+        self.register_buffer("lean", torch.tensor(lean))
 
     def start_from(self, denoiser):
         """Copy the denoiser's embedding and first blocks: it has already learned to read the text."""
@@ -182,7 +183,7 @@ class OrderPosterior(nn.Module):
 
     def forward(self, tokens_clean):
         score = self.score(self.trunk(tokens_clean)).squeeze(-1).float()
-        return F.logsigmoid(score + self.lean[: tokens_clean.shape[1]])
+        return F.logsigmoid(score - self.lean * (tokens_clean != self.eos_id).cumsum(1))
 
 
 def log_rho(log_alpha, masked, tau):

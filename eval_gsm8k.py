@@ -80,6 +80,33 @@ class Tokenizer:
         return bytes([i - 1]) if i else b""
 
 
+class LlamaTokenizer:
+    """The LLaMA BPE of a published checkpoint, from the text of its tokenizer.json (needs `tokenizers`)."""
+
+    eos_id, vocab_size, mask_id = 2, 32_000, 32_000
+
+    def __init__(self, pieces):
+        try:
+            import tokenizers
+        except ImportError:
+            raise UserError("the LLaMA tokenizer needs the tokenizers package: pip install tokenizers")
+        try:
+            self.pieces, self.bpe = pieces, tokenizers.Tokenizer.from_str(pieces)
+        except Exception as error:  # tokenizers raises plain Exception
+            raise UserError(f"this is not a tokenizer.json ({str(error)[:80]}): give the one of TinyLlama")
+
+    def encode(self, text):
+        return self.bpe.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids):
+        return self.bpe.decode(list(ids))
+
+
+def tokenizer_of(pieces):
+    """The tokenizer a checkpoint was trained with: its list of pieces, or the text of a tokenizer.json."""
+    return LlamaTokenizer(pieces) if isinstance(pieces, str) else Tokenizer(pieces)
+
+
 # ---------------------------------------------------------------------------------------------------
 # The embedded task: word problems whose steps may be written in any valid order
 # ---------------------------------------------------------------------------------------------------
@@ -568,7 +595,7 @@ def main(argv=None):
         if value < 1:
             raise UserError(f"{name} is {value}: it must be at least 1")
     models = build_models(checkpoint, args.device)
-    tokenizer = Tokenizer(checkpoint["tokenizer"])
+    tokenizer = tokenizer_of(checkpoint["tokenizer"])
     problems = pick_problems(checkpoint, args)
     tokens, canvas, fits = encode_problems(problems, tokenizer, checkpoint["config"]["max_len"], checkpoint["canvas_len"], with_answers=False)
     if not all(fits):

@@ -134,6 +134,17 @@ class Denoiser(nn.Module):
         return logits, hidden
 
 
+def smdm_name(name):
+    """The key of a published SMDM checkpoint for one of `Denoiser`'s parameters."""
+    for ours, theirs in (
+        ("trunk.wte", "transformer.wte"), ("trunk.norm", "transformer.ln_f"), ("trunk.blocks", "transformer.h"),
+        (".qkv.", ".attn.attn."), (".proj.", ".attn.proj."),
+        (".w1.", ".mlp.swiglu.w1."), (".w2.", ".mlp.swiglu.w2."), (".w3.", ".mlp.swiglu.w3."),
+    ):  # fmt: skip
+        name = name.replace(ours, theirs)
+    return name
+
+
 class UnmaskPolicy(nn.Module):
     """pi_i(x_s) = sigmoid(pi_logits): hidden [B, N, D] -> pi_logits [B, N] (R for the form).
 

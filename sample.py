@@ -93,7 +93,7 @@ def main(argv=None):
     if not prompt:
         raise UserError("the prompt is empty: give it as an argument or on standard input")
     denoiser, policy, _, _ = eval_gsm8k.build_models(checkpoint, args.device)
-    tokenizer = eval_gsm8k.Tokenizer(checkpoint["tokenizer"])
+    tokenizer = eval_gsm8k.tokenizer_of(checkpoint["tokenizer"])
     max_len, canvas_len = checkpoint["config"]["max_len"], checkpoint["canvas_len"]
     problem = {"question": prompt, "answer": ""}
     tokens, canvas, fits = eval_gsm8k.encode_problems([problem], tokenizer, max_len, canvas_len)

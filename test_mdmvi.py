@@ -783,6 +783,42 @@ def test_benchmark_needs_no_data(capsys):
 
 
 # ---------------------------------------------------------------------------------------------------
+# The SMDM checkpoint layout
+# ---------------------------------------------------------------------------------------------------
+
+
+@needs_shared
+@pytest.mark.parametrize("rope_bf16, recorded, tolerance", [(False, "logits_fp32_rope", 1e-4), (True, "logits_bf16_rope", 2e-3)])
+def test_smdm_logits(rope_bf16, recorded, tolerance):
+    folder = SHARED / "smdm_fixture"
+    c, arrays = json.loads((folder / "config.json").read_text()), np.load(folder / "smdm_tiny_logits.npz")
+    config = mdmvi.ModelConfig(
+        c["vocab_size"], c["block_size"], c["n_layer"], c["n_head"], c["n_embd"], c["intermediate_size"], c["mask_id"], 2, rope_bf16
+    )
+    model = mdmvi.Denoiser(config)
+    train.load_smdm(folder / "smdm_tiny.safetensors", model)
+    logits, _ = model(torch.from_numpy(arrays["ids"]).long())
+    assert (logits - torch.from_numpy(arrays[recorded]).float()).abs().max() < tolerance
+
+
+def test_smdm_layout_round_trip(tmp_path):
+    config = mdmvi.ModelConfig(11, 16, 2, 2, 8, 12, 11, 0)
+    model, again = mdmvi.Denoiser(config), mdmvi.Denoiser(config)
+    train.save_smdm(tmp_path / "m.safetensors", model)
+    train.load_smdm(tmp_path / "m.safetensors", again)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
+    with pytest.raises(eval_gsm8k.UserError, match="transformer.h.2.norm_1.weight"):
+        train.load_smdm(tmp_path / "m.safetensors", mdmvi.Denoiser(mdmvi.ModelConfig(11, 16, 3, 2, 8, 12, 11, 0)))
+    with pytest.raises(eval_gsm8k.UserError, match="transformer.h.1.attn.attn.weight, which"):
+        train.load_smdm(tmp_path / "m.safetensors", mdmvi.Denoiser(mdmvi.ModelConfig(11, 16, 1, 2, 8, 12, 11, 0)))
+    with pytest.raises(eval_gsm8k.UserError, match=r"\[12, 8\], this model \[14, 8\]"):
+        train.load_smdm(tmp_path / "m.safetensors", mdmvi.Denoiser(mdmvi.ModelConfig(13, 16, 2, 2, 8, 12, 13, 0)))
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "m.safetensors").read_bytes()[:400])
+    with pytest.raises(eval_gsm8k.UserError, match="not a whole"):
+        train.load_smdm(tmp_path / "cut.safetensors", model)
+
+
+# ---------------------------------------------------------------------------------------------------
 # Bad input: one line on stderr, exit code 2, nothing overwritten
 # ---------------------------------------------------------------------------------------------------
 

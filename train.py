@@ -45,6 +45,8 @@ def parse_args(argv=None):
     add("--start", metavar="FILE", help="take stage 1 and the baseline from the plain.pt of another run, train stage 2 only")
     add("--seed", type=int, default=0, help="seed of the weights and of every draw")
     add("--size", default="small", choices=SIZES, help="shape of the model")
+    add("--init", metavar="FILE", help="start stage 1 from an SMDM .safetensors file, or smdm-170m from the hub (needs --size 170m)")
+    add("--tokenizer", metavar="FILE", help="with --init: its tokenizer.json (default: TinyLlama's from the hub)")
     add("--max-len", type=int, help="tokens in prompt and canvas together (default: 68 for arithmetic, 256 for gsm8k)")
     add("--canvas-len", type=int, help="tokens in the canvas (default: 37 for arithmetic, 96 for gsm8k)")
     add("--steps", type=int, default=3000, help="stage 1: plain steps")
@@ -108,6 +110,18 @@ def load_problems(args):
     return [problems[i] for i in order[held_out:] if wording(problems[i]) not in seen], test
 
 
+def make_tokenizer(args, problems):
+    """Built from the training text, or the one that --init comes with."""
+    if args.init:
+        path = args.tokenizer or hub_file("TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T", "tokenizer.json")
+        try:
+            return eval_gsm8k.LlamaTokenizer(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"cannot read {path} ({error.strerror}): give a tokenizer.json")
+    sample = problems[:: max(1, len(problems) // 20_000)]
+    return eval_gsm8k.Tokenizer.build(p["question"] + eval_gsm8k.SEPARATOR + p["answer"] for p in sample)
+
+
 class Run:
     """What a run consists of: configuration, tokenizer, the four networks, where it stands."""
 
@@ -115,8 +129,9 @@ class Run:
         n_layer, n_head, n_embd, n_hidden = SIZES[args.size]
         self.args, self.device, self.tokenizer = args, torch.device(args.device), tokenizer
         self.config = mdmvi.ModelConfig(
-            tokenizer.vocab_size, args.max_len, n_layer, n_head, n_embd, n_hidden, tokenizer.mask_id, tokenizer.eos_id
-        )
+            tokenizer.vocab_size, args.max_len, n_layer, n_head, n_embd, n_hidden,
+            tokenizer.mask_id, tokenizer.eos_id, rope_bf16=args.init is not None,
+        )  # fmt: skip
         torch.manual_seed(args.seed)
         self.denoiser = mdmvi.Denoiser(self.config).to(self.device)
         self.plain = None
@@ -167,6 +182,73 @@ class Run:
                 getattr(self, name).load_state_dict(state[name])
         self.generator.set_state(state["generator"].cpu())
         self.stage, self.step, self.optimizer_state = state["stage"], state["step"], state["optimizer"]
+
+
+# ---------------------------------------------------------------------------------------------------
+# The published SMDM base checkpoint. A .safetensors file is an 8-byte length, a JSON header and raw
+# buffers, read here as data: nothing in it can run.
+# ---------------------------------------------------------------------------------------------------
+
+SMDM = {"smdm-170m": ("nieshen/SMDM", "mdm-170M-100e18.safetensors")}
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+def hub_file(repository, name):
+    """Path of a file of a hub repository, downloaded once."""
+    try:
+        from huggingface_hub import hf_hub_download
+
+        return hf_hub_download(repository, name)
+    except Exception as error:  # the hub client raises many kinds, all of which mean: not to be had
+        raise UserError(f"cannot get {name} of {repository} from the hub ({type(error).__name__}): go online or give a local file")
+
+
+def read_safetensors(path):
+    """{name: tensor} of a .safetensors file."""
+    try:
+        data = Path(path).read_bytes()
+        start = 8 + int.from_bytes(data[:8], "little")
+        header = json.loads(data[8:start])
+        header.pop("__metadata__", None)
+        tensors = {}
+        for name, entry in header.items():
+            begin, end = (start + offset for offset in entry["data_offsets"])
+            raw = torch.frombuffer(bytearray(data[begin:end]), dtype=DTYPES[entry["dtype"]])
+            tensors[name] = raw.view(entry["shape"])
+        return tensors
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}): give a .safetensors file, or {', '.join(SMDM)}")
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise UserError(f"{path} is not a whole .safetensors file ({type(error).__name__}): download it again")
+
+
+def load_smdm(path, denoiser):
+    """Fill a denoiser with an SMDM checkpoint; keys and shapes must be those of `mdmvi.smdm_name`."""
+    tensors, state = read_safetensors(path), denoiser.state_dict()
+    for name, weight in state.items():
+        theirs = mdmvi.smdm_name(name)
+        if theirs not in tensors:
+            raise UserError(f"{path} has no {theirs}: it is not an SMDM checkpoint of {denoiser.config.n_layer} layers; check --size")
+        if tensors[theirs].shape != weight.shape:
+            raise UserError(f"{path} has {theirs} of shape {list(tensors[theirs].shape)}, this model {list(weight.shape)}: check --size and --tokenizer")
+    extra = tensors.keys() - {mdmvi.smdm_name(name) for name in state}
+    if extra:
+        raise UserError(f"{path} has {min(extra)}, which this model has not: check --size")
+    denoiser.load_state_dict({name: tensors[mdmvi.smdm_name(name)] for name in state})
+
+
+def save_smdm(path, denoiser):
+    """Write a denoiser in the layout that `load_smdm` reads, in fp32."""
+    tensors = {mdmvi.smdm_name(name): w.detach().float().cpu().contiguous() for name, w in denoiser.state_dict().items()}
+    header, offset = {}, 0
+    for name, tensor in tensors.items():
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [offset, offset + 4 * tensor.numel()]}
+        offset += 4 * tensor.numel()
+    text = json.dumps(header).encode()
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            file.write(tensor.numpy().tobytes())
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -434,9 +516,10 @@ def main(argv=None):
     if (out / "checkpoint.pt").exists() and not args.resume:
         raise UserError(f"{out}/checkpoint.pt exists: pass --resume to go on from it, or another --out")
     problems, held_out = load_problems(args)
-    sample = problems[:: max(1, len(problems) // 20_000)]
-    tokenizer = eval_gsm8k.Tokenizer.build(p["question"] + eval_gsm8k.SEPARATOR + p["answer"] for p in sample)
-    run = Run(args, tokenizer)
+    run = Run(args, make_tokenizer(args, problems))
+    tokenizer = run.tokenizer
+    if args.init:
+        load_smdm(hub_file(*SMDM[args.init]) if args.init in SMDM else args.init, run.denoiser)
     tokens, canvas, fits = eval_gsm8k.encode_problems(problems, tokenizer, args.max_len, args.canvas_len)
     if not any(fits):
         raise UserError(f"no problem fits {args.max_len} tokens with a canvas of {args.canvas_len}: raise --max-len or --canvas-len")

@@ -121,7 +121,6 @@ STORIES = (
 # A subtotal has one digit, a sum of subtotals two: what is uncertain is the order of the steps, not their layout.
 COUNTS = [(a, b) for a in range(1, 9) for b in range(1, 9) if 5 <= a + b <= 9]
 HELD_OUT, SALT = 8, 2  # one in 8 problems is kept for testing; this salt gives every length some
-ITEMS = (1, 2, 3)
 
 
 def is_held_out(items):
@@ -145,12 +144,12 @@ def arithmetic_solution(items, rng):
     return f"{' '.join(steps)} #### {total or subtotals[0]}"
 
 
-def arithmetic_problems(n, seed, held_out):
-    """n dicts {question, answer, items} from a seeded stream; `held_out` picks the side of the split.
-    Held-out questions are all different."""
+def arithmetic_problems(n, seed, held_out, most_items=2):
+    """n dicts {question, answer, items} of 1 to `most_items` items from a seeded stream; `held_out` picks the
+    side of the split. Held-out questions are all different."""
     rng, problems, asked = random.Random(seed), [], set()
     while len(problems) < n:
-        items = [rng.choice(COUNTS) for _ in range(rng.choice(ITEMS))]
+        items = [rng.choice(COUNTS) for _ in range(rng.randint(1, most_items))]
         (who, they), (verb, part, ask) = rng.choice(PEOPLE), rng.choice(STORIES)
         things = rng.sample(THINGS, len(items))
         parts = [part.format(a=a, b=b, thing=thing) for (a, b), thing in zip(items, things)]
@@ -542,7 +541,7 @@ def pick_problems(checkpoint, args):
         return problems[: args.problems] if args.problems else problems
     if checkpoint["task"] == "gsm8k":
         raise UserError("a gsm8k checkpoint needs --data: a file, a folder, or a hub name like openai/gsm8k")
-    return arithmetic_problems(args.problems or 2000, 1, held_out=True)
+    return arithmetic_problems(args.problems or 2000, 1, True, checkpoint["items"])
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):

@@ -540,13 +540,19 @@ def test_tokenizer_is_lossless():
     assert tokenizer.decode([0, 200, 255]) is not None  # bytes that are no text
 
 
-def test_held_out_problems_are_never_in_the_training_stream():
-    train = eval_gsm8k.arithmetic_problems(20_000, 0, held_out=False)
-    test = eval_gsm8k.arithmetic_problems(2000, 1, held_out=True)
+@pytest.mark.parametrize("most_items", [2, 3])
+def test_held_out_problems_are_never_in_the_training_stream(most_items):
+    train_set = eval_gsm8k.arithmetic_problems(20_000, 0, False, most_items)
+    test_set = eval_gsm8k.arithmetic_problems(2000, 1, True, most_items)
     numbers = lambda problems: {tuple(sorted(p["items"])) for p in problems}
-    assert not numbers(train) & numbers(test)
-    assert len({p["question"] for p in test}) == 2000
-    assert {len(p["items"]) for p in test} == {len(p["items"]) for p in train} == {1, 2, 3}
+    assert not numbers(train_set) & numbers(test_set)
+    assert len({p["question"] for p in test_set}) == 2000
+    assert {len(p["items"]) for p in test_set} == {len(p["items"]) for p in train_set} == set(range(1, most_items + 1))
+    args = train.parse_args(["--items", str(most_items)])
+    tokenizer = eval_gsm8k.Tokenizer.build(p["question"] + eval_gsm8k.SEPARATOR + p["answer"] for p in train_set)
+    for problems in (train_set, test_set):
+        assert all(eval_gsm8k.encode_problems(problems, tokenizer, args.max_len, args.canvas_len)[2])
+        assert all(eval_gsm8k.solves_arithmetic(p["answer"], p["items"]) for p in problems)
 
 
 def test_checker_takes_every_valid_order_and_nothing_else():
@@ -865,6 +871,8 @@ BAD = [
     (train, "--task gsm8k", "needs --data"),
     (train, "--budget 0", "--budget is 0"),
     (train, "--tau 0", "--tau is 0"),
+    (train, "--items 9", "--items is 9"),
+    (train, "--task gsm8k --data DATA --max-len 64 --canvas-len 24 --size 170m --init no.st --tokenizer none/no --out new", "cannot read"),
     (train, "--task gsm8k --data few.jsonl --out new", "at least 10"),
     (train, "--task gsm8k --data DATA --out file/out", "cannot write to the output folder"),
     (train, "--task gsm8k --data DATA --max-len 8 --canvas-len 4 --out new", "no problem fits"),

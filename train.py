@@ -40,6 +40,7 @@ def parse_args(argv=None):
     add("--task", default="arithmetic", help="arithmetic (embedded, no download) or gsm8k (needs --data)")
     add("--data", help="gsm8k: a .json/.jsonl(.gz/.xz) file, a folder of them, or a hub name")
     add("--answers", default="equations", choices=("equations", "full"), help="gsm8k: only the <<...>> notes, or the whole solution")
+    add("--items", type=int, default=2, help="arithmetic: problems of 1 to so many items")
     add("--out", default="out", help="folder for checkpoint.pt, log.jsonl and results.json")
     add("--resume", action="store_true", help="go on from OUT/checkpoint.pt")
     add("--start", metavar="FILE", help="take stage 1 and the baseline from the plain.pt of another run, train stage 2 only")
@@ -47,16 +48,16 @@ def parse_args(argv=None):
     add("--size", default="small", choices=SIZES, help="shape of the model")
     add("--init", metavar="FILE", help="start stage 1 from an SMDM .safetensors file, or smdm-170m from the hub (needs --size 170m)")
     add("--tokenizer", metavar="FILE", help="with --init: its tokenizer.json (default: TinyLlama's from the hub)")
-    add("--max-len", type=int, help="tokens in prompt and canvas together (default: 68 for arithmetic, 256 for gsm8k)")
-    add("--canvas-len", type=int, help="tokens in the canvas (default: 37 for arithmetic, 96 for gsm8k)")
-    add("--steps", type=int, default=3000, help="stage 1: plain steps")
-    add("--batch", type=int, default=32, help="stage 1: sequences a step")
-    add("--lr", type=float, default=3e-3, help="stage 1: peak learning rate")
+    add("--max-len", type=int, help="tokens in prompt and canvas together (default: as arithmetic needs, 256 for gsm8k)")
+    add("--canvas-len", type=int, help="tokens in the canvas (default: as arithmetic needs, 96 for gsm8k)")
+    add("--steps", type=int, default=4500, help="stage 1: plain steps")
+    add("--batch", type=int, default=16, help="stage 1: sequences a step")
+    add("--lr", type=float, default=4e-3, help="stage 1: peak learning rate")
     add("--order-steps", type=int, default=600, help="stage 2: steps; the baseline sees as many sequences")
-    add("--order-batch", type=int, default=32, help="stage 2: problems a step")
+    add("--order-batch", type=int, default=8, help="stage 2: problems a step")
     add("--paths", type=int, default=8, help="stage 2: paths a problem (K)")
     add("--order-lr", type=float, default=1e-3, help="stage 2 and baseline: peak learning rate of the denoiser")
-    add("--head-lr", type=float, default=4e-3, help="stage 2: peak learning rate of policy and posterior")
+    add("--head-lr", type=float, default=3e-3, help="stage 2: peak learning rate of policy and posterior")
     add("--budget", type=int, default=5, help="stage 2: steps of generation (T)")
     add("--tau", type=float, default=0.1, help="stage 2: temperature of the posterior")
     add("--optimizer", default="muon", choices=("muon", "adamw"), help="muon: Muon for the blocks' matrices, AdamW for the rest")
@@ -80,9 +81,12 @@ def parse_args(argv=None):
         raise UserError("--task gsm8k needs --data: a file, a folder, or a hub name like openai/gsm8k")
     if args.batch % args.accumulate or args.order_batch % args.accumulate:
         raise UserError(f"--accumulate {args.accumulate} must divide --batch {args.batch} and --order-batch {args.order_batch}")
+    if not 1 <= args.items <= 4:
+        raise UserError(f"--items is {args.items}: choose 1 to 4")
+    # An item takes 7 tokens of the prompt and, with its sum, 14 of the canvas.
     arithmetic = args.task == "arithmetic"
-    args.max_len = args.max_len or (68 if arithmetic else 256)
-    args.canvas_len = args.canvas_len or (37 if arithmetic else 96)
+    args.canvas_len = args.canvas_len or (14 * args.items - 5 if arithmetic else 96)
+    args.max_len = args.max_len or (10 + 7 * args.items + args.canvas_len if arithmetic else 256)
     if args.compile is None:
         args.compile = args.device.startswith("cuda")
     return args
@@ -96,8 +100,8 @@ def parse_args(argv=None):
 def load_problems(args):
     """(training problems, held-out problems), never overlapping."""
     if args.task == "arithmetic":
-        train = eval_gsm8k.arithmetic_problems(60_000, args.seed, held_out=False)
-        return train, eval_gsm8k.arithmetic_problems(max(args.problems, 256), 1, held_out=True)
+        train = eval_gsm8k.arithmetic_problems(60_000, args.seed, False, args.items)
+        return train, eval_gsm8k.arithmetic_problems(max(args.problems, 256), 1, True, args.items)
     problems = eval_gsm8k.load_gsm8k(args.data, args.answers)
     held_out = min(max(args.problems, 256), len(problems) // 10)
     if held_out == 0:
@@ -158,7 +162,7 @@ class Run:
         """Write to a temporary file and rename: a kill at any moment leaves a whole checkpoint behind."""
         state = {
             "program": "mdmvi", "task": self.args.task, "answers": self.args.answers,
-            "canvas_len": self.args.canvas_len, "budget": self.args.budget, "tau": self.args.tau, "seed": self.args.seed,
+            "canvas_len": self.args.canvas_len, "items": self.args.items, "budget": self.args.budget, "tau": self.args.tau, "seed": self.args.seed,
             "config": asdict(self.config), "tokenizer": self.tokenizer.pieces,
             "denoiser": self.denoiser.state_dict(), "policy": self.policy.state_dict(),
             "posterior": self.posterior.state_dict(), "plain": self.plain.state_dict() if self.plain else None,

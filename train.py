@@ -53,7 +53,7 @@ def parse_args(argv=None):
     add("--steps", type=int, default=4500, help="stage 1: plain steps")
     add("--batch", type=int, default=16, help="stage 1: sequences a step")
     add("--lr", type=float, default=4e-3, help="stage 1: peak learning rate")
-    add("--order-steps", type=int, default=600, help="stage 2: steps; the baseline sees as many sequences")
+    add("--order-steps", type=int, default=800, help="stage 2: steps; the baseline sees as many sequences")
     add("--order-batch", type=int, default=8, help="stage 2: problems a step")
     add("--paths", type=int, default=8, help="stage 2: paths a problem (K)")
     add("--order-lr", type=float, default=1e-3, help="stage 2 and baseline: peak learning rate of the denoiser")
@@ -150,7 +150,7 @@ class Run:
         """New policy and posterior, as stage 2 starts with them."""
         torch.manual_seed(self.args.seed)
         self.policy = mdmvi.UnmaskPolicy(self.config).to(self.device)
-        lean = 2 * self.args.tau * self.args.budget / self.args.canvas_len  # half of canvas / T tokens a step
+        lean = 1.3 * self.args.tau * self.args.budget / self.args.canvas_len  # somewhat less than canvas / T a step
         self.posterior = mdmvi.OrderPosterior(self.config, lean=lean).to(self.device).start_from(self.denoiser)
 
     def copy_plain(self):

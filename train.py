@@ -150,7 +150,7 @@ class Run:
         """New policy and posterior, as stage 2 starts with them."""
         torch.manual_seed(self.args.seed)
         self.policy = mdmvi.UnmaskPolicy(self.config).to(self.device)
-        lean = 1.3 * self.args.tau * self.args.budget / self.args.canvas_len  # somewhat less than canvas / T a step
+        lean = 2 * self.args.tau * self.args.budget / self.args.canvas_len  # about two thirds of canvas / T a step
         self.posterior = mdmvi.OrderPosterior(self.config, lean=lean).to(self.device).start_from(self.denoiser)
 
     def copy_plain(self):

@@ -424,13 +424,14 @@ def score(problems, tokenizer, tokens, canvas, models, budgets, rules=None, batc
     """
     denoiser, policy, _, plain = models
     run = lambda *args, **options: attempt(problems, tokenizer, tokens, canvas, *args, batch=batch, seed=seed, **options)
-    rows, learned, n = [], {}, len(problems)
+    rows, learned = [], {}
     for budget in budgets:
         ours = learned[budget] = run("learned", budget, denoiser, policy=policy)
-        average, most = sum(ours["steps"]) / n, max(ours["steps"])
-        rows.append(make_row("learned", False, budget, "own", "order", ours, None))
+        row = make_row("learned", False, budget, "own", "order", ours, None)
+        average, most = row["average_steps"], row["max_steps"]
+        rows.append(row)
         done = {}
-        for match, steps in (("avg", max(1, round(average))), ("max", most)):
+        for match, steps in (("avg", max(1, round(average))), ("max", max(1, most))):
             for strategy, eos_aware in all_rules() if rules is None else rules:
                 if (strategy, eos_aware, steps) not in done:
                     tries = [("order", run(strategy, steps, denoiser, eos_aware=eos_aware))]
@@ -445,11 +446,10 @@ def score(problems, tokenizer, tokens, canvas, models, budgets, rules=None, batc
 
 
 def make_row(strategy, eos_aware, budget, match, model, result, p_value):
-    n = len(result["steps"])
+    n, steps = len(result["steps"]), [s for s in result["steps"] if s] or [0]  # 0: the prompt did not fit
     return {
         "strategy": strategy, "eos_aware": eos_aware, "budget": budget, "match": match, "model": model,
-        "problems": n, "average_steps": sum(result["steps"]) / n,
-        "min_steps": min(result["steps"]), "max_steps": max(result["steps"]),
+        "problems": n, "average_steps": sum(steps) / len(steps), "min_steps": min(steps), "max_steps": max(steps),
         "answer_accuracy": sum(result["answered"]) / n, "solved": sum(result["solved"]) / n,
         "p_value": p_value, "problems_per_second": n / result["seconds"],
     }  # fmt: skip

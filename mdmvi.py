@@ -236,7 +236,7 @@ def draw_path(log_alpha, canvas, steps, tau, generator=None, max_steps=None):
 
 
 def token_log_prob(logits, tokens):
-    """log p_theta(x_0^i | x_s), fp32 [B, N], of tokens int64 [B, N] under logits [B, N, V]."""
+    """log p_theta(x_0^i | x_s), fp32 [B, N], of tokens int64 [B, N], all below V, under logits [B, N, V]."""
     loss = F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten(), reduction="none")
     return -loss.view(tokens.shape)
 
@@ -251,7 +251,7 @@ def mdm_loss(denoiser, tokens, canvas, generator=None):
     """Plain masked-diffusion loss, nats per canvas token (scalar): the negative of `mdm_elbo`, in one draw.
 
     t ~ U(0, 1]; each canvas token is masked with probability t; sum over masked of CE / t over the
-    canvas length ([S] eq. 3). tokens int64 [B, N] clean; canvas bool [B, N].
+    canvas length (SMDM's objective). tokens int64 [B, N] clean; canvas bool [B, N], not empty in any row.
     """
     t = 1.0 - stratified_uniform(len(tokens), tokens.device, generator)
     masked = canvas & (torch.rand(tokens.shape, device=tokens.device, generator=generator) < t[:, None])
@@ -309,9 +309,12 @@ def order_loss(denoiser, policy, posterior, tokens, canvas, budget, tau, paths, 
     from one denoiser pass on B * paths sequences. Its gradient goes through log p, pi and rho in f_s, plus
     (T f_s - b) grad log q(r_0 .. r_{s-1}) with b the leave-one-out mean over the paths of the same x_0.
 
-    tokens int64 [B, N] clean; canvas bool [B, N], at least one position a row; budget T >= 1.
+    tokens int64 [B, N] clean; canvas bool [B, N], not empty in any row; budget in steps.
     Returns (loss scalar, stats: dict of detached scalars, nats per canvas token).
+    Raises ValueError on a budget below 1.
     """
+    if budget < 1:
+        raise ValueError(f"budget is {budget}: it must be at least 1 step")
     B, T = len(tokens), budget
     s = (stratified_uniform(B, tokens.device, generator) * T).long().clamp(max=T - 1)
     log_alpha = posterior(tokens)

@@ -50,7 +50,7 @@ def parse_args(argv=None):
     add("--tokenizer", metavar="FILE", help="with --init: its tokenizer.json (default: TinyLlama's from the hub)")
     add("--max-len", type=int, help="tokens in prompt and canvas together (default: as arithmetic needs, 256 for gsm8k)")
     add("--canvas-len", type=int, help="tokens in the canvas (default: as arithmetic needs, 96 for gsm8k)")
-    add("--steps", type=int, default=4500, help="stage 1: plain steps")
+    add("--steps", type=int, default=3500, help="stage 1: plain steps")
     add("--batch", type=int, default=16, help="stage 1: sequences a step")
     add("--lr", type=float, default=4e-3, help="stage 1: peak learning rate")
     add("--order-steps", type=int, default=800, help="stage 2: steps; the baseline sees as many sequences")

@@ -587,6 +587,7 @@ def main(argv=None):
     add("--json", metavar="FILE", help="write the rows as JSON")
     add("--plot", metavar="FILE", help="draw solved against steps (needs matplotlib)")
     args = parser.parse_args(argv)
+    check_device(args.device)
     rules = None if args.strategies is None else parse_rules(args.strategies)
     checkpoint = load_checkpoint(args.checkpoint, args.device)
     budgets = args.budget or [checkpoint["budget"]]
@@ -600,6 +601,13 @@ def main(argv=None):
     if not all(fits):
         print(f"{fits.count(False)} prompts are longer than the context and count as wrong", file=sys.stderr)
     print_scores(problems, tokenizer, tokens.to(args.device), canvas.to(args.device), models, budgets, rules, args.batch, args.seed, args.json, args.plot)
+
+
+def check_device(name):
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError):
+        raise UserError(f"--device {name} is not there: choose cpu, or cuda on a machine with a GPU")
 
 
 def run_main(main):

@@ -82,6 +82,7 @@ def main(argv=None):
     add("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
     add("--html", metavar="FILE", help="write a page that shades each token by the step that revealed it")
     args = parser.parse_args(argv)
+    eval_gsm8k.check_device(args.device)
     chosen = [("learned", False) if name == "learned" else eval_gsm8k.parse_rules([name])[0] for name in args.strategy]
     checkpoint = eval_gsm8k.load_checkpoint(args.checkpoint, args.device)
     budget = checkpoint["budget"] if args.budget is None else args.budget

@@ -702,6 +702,8 @@ def test_ctrl_c_saves_and_resuming_equals_not_having_stopped(trained, tmp_path, 
     monkeypatch.setattr(train, "train_step", interrupted)
     assert run(train, *gsm8k(trained), "--out", tmp_path) == 130
     assert len(steps) == at and "--resume" in capsys.readouterr().err
+    with open(tmp_path / "log.jsonl", "a") as file:  # what a kill after the last checkpoint would leave
+        file.write('{"stage": "order", "step": 4}\n{"stage": "or')
     assert run(train, *gsm8k(trained), "--out", tmp_path, "--resume") == 0
     assert same(tmp_path / "checkpoint.pt", trained / "out" / "checkpoint.pt")
     assert same(tmp_path / "plain.pt", trained / "out" / "plain.pt")
@@ -872,6 +874,8 @@ BAD = [
     (train, "--budget 0", "--budget is 0"),
     (train, "--tau 0", "--tau is 0"),
     (train, "--items 9", "--items is 9"),
+    (train, "--device gpu", "--device gpu is not there"),
+    (sample, "hello --device cuda:77", "--device cuda:77 is not there"),
     (train, "--task gsm8k --data DATA --max-len 64 --canvas-len 24 --size 170m --init no.st --tokenizer none/no --out new", "cannot read"),
     (train, "--task gsm8k --data few.jsonl --out new", "at least 10"),
     (train, "--task gsm8k --data DATA --out file/out", "cannot write to the output folder"),

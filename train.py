@@ -73,6 +73,7 @@ def parse_args(argv=None):
     for name in ("budget", "order_batch", "batch", "paths", "accumulate", "save_every"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be at least 1")
+    eval_gsm8k.check_device(args.device)
     if not args.tau > 0:
         raise UserError(f"--tau is {args.tau}: it must be above 0")
     if args.task not in ("arithmetic", "gsm8k"):
@@ -384,6 +385,19 @@ def train_stage(run, stage, tokens, canvas, stop, log):
     bar.close()
 
 
+def trim_log(path, stage, step):
+    """Drop what a killed run logged after its last checkpoint, and a line it left half written."""
+    if not path.exists() or stage == "done":
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            row = json.loads(line)
+            if (STAGES.index(row["stage"]), row["step"]) <= (STAGES.index(stage), step):
+                kept.append(line + "\n")
+    path.write_text("".join(kept))
+
+
 def train(run, tokens, canvas, stop):
     """Run the stages that are left, each saved when done."""
     args, out = run.args, Path(run.args.out)
@@ -532,6 +546,7 @@ def main(argv=None):
     print(f"{args.task}: {len(tokens):,} problems ({len(fits) - len(tokens):,} do not fit), vocabulary {tokenizer.vocab_size}, {count / 1e6:.2f}M parameters, seed {args.seed}, {run.device}", flush=True)
     if args.resume:
         run.load(out / "checkpoint.pt")
+        trim_log(out / "log.jsonl", run.stage, run.step)
     elif args.start:
         run.load(args.start)
         if (run.stage, run.step) != ("order", 0):

@@ -201,8 +201,8 @@ def test_order_loss_and_its_gradient(T):
         )
         gradient = torch.autograd.grad(estimate, parameters, materialize_grads=True)
         samples.append((estimate, stats["elbo"], stats["kl"], stats["finished"], *gradient))
-    for sample, value in zip(zip(*samples), expected):
-        assert_mean(torch.stack(sample), value, precision=0.02)
+    for draws, value in zip(zip(*samples), expected):
+        assert_mean(torch.stack(draws), value, precision=0.02)
 
 
 def test_leave_one_out():

@@ -9,6 +9,7 @@ As a program it scores a checkpoint with every strategy at matched steps:
 import argparse
 import ast
 import gzip
+import itertools
 import json
 import lzma
 import math
@@ -108,82 +109,179 @@ def tokenizer_of(pieces):
 
 
 # ---------------------------------------------------------------------------------------------------
-# The embedded task: word problems whose steps may be written in any valid order
+# The embedded task: word problems whose steps may be written in any order
 # ---------------------------------------------------------------------------------------------------
 
 PEOPLE = (("Ann", "she"), ("Ben", "he"), ("Eva", "she"), ("Leo", "he"), ("Mia", "she"), ("Sam", "he"), ("Tom", "he"), ("Zoe", "she"))
-THINGS = ("pens", "cups", "mugs", "books", "hats", "toys", "plants", "lamps", "cakes", "bowls")
-STORIES = (
-    ("buys", "{a} red and {b} blue {thing}", "How many things does {they} buy?"),
-    ("sells", "{a} big and {b} small {thing}", "How many things does {they} sell?"),
-    ("packs", "{a} old and {b} new {thing}", "How many things does {they} pack?"),
-)
-# A subtotal has one digit, a sum of subtotals two: what is uncertain is the order of the steps, not their layout.
-COUNTS = [(a, b) for a in range(1, 9) for b in range(1, 9) if 5 <= a + b <= 9]
-HELD_OUT, SALT = 8, 2  # one in 8 problems is kept for testing; this salt gives every length some
+THINGS = ("pen", "cup", "mug", "book", "hat", "toy", "plant", "lamp", "cake", "bowl")
+VERBS = {1: ("buys", "finds", "gets"), -1: ("sells", "loses", "lends")}
+HELD_OUT = 8  # one in 8 problems is kept for testing
+
+
+def possible_problems(n):
+    """All [start, change 1, .., change n] whose total stays within 0..9 whatever the order of the changes.
+
+    One-digit totals: what is uncertain in a solution is the order of its steps, not their layout.
+    """
+    changes = itertools.combinations_with_replacement([v for v in range(-9, 10) if v], n)
+    fits = lambda start, c: start + sum(v for v in c if v < 0) >= 0 and start + sum(v for v in c if v > 0) <= 9
+    return [[start, *c] for c in changes for start in range(1, 10) if fits(start, c)]
 
 
 def is_held_out(items):
-    """Split by the numbers of a problem, whatever its wording and order: `items` is a list of (a, b)."""
-    return zlib.crc32(repr((sorted(items), SALT)).encode()) % HELD_OUT == 0
+    """Split by the numbers of a problem, whatever its wording and order: `items` is [start, changes..]."""
+    return zlib.crc32(repr((items[0], sorted(items[1:]))).encode()) % HELD_OUT == 0
 
 
-def arithmetic_solution(items, rng):
-    """One valid solution, drawn at random: a subtotal for each item in any order, a running sum over them,
-    each sum anywhere after what it adds."""
-    todo, steps, subtotals, total = rng.sample(items, len(items)), [], [], None
-    while todo or len(subtotals) + (total is not None) > 1:
-        addable = len(subtotals) >= (2 if total is None else 1)
-        if todo and not (addable and rng.random() < 0.5):
-            a, b = todo.pop(0)
-            subtotals.append(a + b)
-        else:
-            a, b = total if total is not None else subtotals.pop(0), subtotals.pop(0)
-            total = a + b
-        steps.append(f"<<{a}+{b}={a + b}>>")
-    return f"{' '.join(steps)} #### {total or subtotals[0]}"
-
-
-def arithmetic_problems(n, seed, held_out, most_items=2):
-    """n dicts {question, answer, items} of 1 to `most_items` items from a seeded stream; `held_out` picks the
-    side of the split. Held-out questions are all different."""
+def arithmetic_problems(n, seed, held_out, most_items=4):
+    """n dicts {question, answer, items} of 1 to `most_items` changes from a seeded stream; `held_out` picks the
+    side of the split. The steps of the answer are in random order. Held-out questions are all different."""
     rng, problems, asked = random.Random(seed), [], set()
+    if held_out and n > 2000:
+        raise UserError(f"{n} held-out problems are asked for: there are enough for 2000")
+    choices = [[items for items in possible_problems(k) if is_held_out(items) == held_out] for k in range(1, most_items + 1)]
     while len(problems) < n:
-        items = [rng.choice(COUNTS) for _ in range(rng.randint(1, most_items))]
-        (who, they), (verb, part, ask) = rng.choice(PEOPLE), rng.choice(STORIES)
-        things = rng.sample(THINGS, len(items))
-        parts = [part.format(a=a, b=b, thing=thing) for (a, b), thing in zip(items, things)]
+        start, *changes = rng.choice(rng.choice(choices))
+        rng.shuffle(changes)
+        (who, they), thing = rng.choice(PEOPLE), rng.choice(THINGS)
+        parts = [f"{rng.choice(VERBS[1 if v > 0 else -1])} {abs(v)}" for v in changes]
         listed = " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
-        question = f"{who} {verb} {listed}. {ask.format(they=they)}"
-        if is_held_out(items) != held_out or (held_out and question in asked):
+        question = f"{who} has {start} {thing}{'s' * (start > 1)}. {they.title()} {listed}. How many {thing}s does {they} have now?"
+        if held_out and question in asked:
             continue
         asked.add(question)
-        problems.append({"question": question, "answer": arithmetic_solution(items, rng), "items": items})
+        steps, total = [], start
+        for v in rng.sample(changes, len(changes)):
+            steps.append(f"<<{total}{v:+d}={total + v}>>")
+            total += v
+        problems.append({"question": question, "answer": f"{' '.join(steps)} #### {total}", "items": [start, *changes]})
     return problems
 
 
 def solves_arithmetic(text, items):
-    """Is `text` a right solution, in whatever order: each item's subtotal once, sums of what is there, the total?
-
-    Every equation either adds up one item not yet used, or two results not yet used.
-    """
+    """Is `text` a right solution: every change once, in whatever order, each step true and going on from the last?"""
     equations, _, answer = text.partition(" #### ")
-    pairs = [re.fullmatch(r"<<(\d+)\+(\d+)=(\d+)>>", equation) for equation in equations.split(" ")]
-    if not all(pairs) or any(int(m[1]) + int(m[2]) != int(m[3]) for m in pairs):
+    steps = [re.fullmatch(r"<<(0|[1-9]\d*)([+-][1-9]\d*)=(0|[1-9]\d*)>>", equation, re.ASCII) for equation in equations.split(" ")]
+    if not all(steps):
         return False
+    total = items[0]
+    for m in steps:
+        if int(m[1]) != total or int(m[1]) + int(m[2]) != int(m[3]):
+            return False
+        total = int(m[3])
+    return sorted(int(m[2]) for m in steps) == sorted(items[1:]) and answer == str(total)
 
-    def consistent(equations, todo, results):
-        """Can the rest be read as one or the other, equation by equation, down to the answer?"""
-        if not equations:
-            return not todo.total() and list(results.elements()) == [int(answer)] if answer.isdigit() else False
-        a, b, c = equations[0]
-        item, used = (min(a, b), max(a, b)), Counter((a, b))
-        if todo[item] and consistent(equations[1:], todo - Counter([item]), results + Counter([c])):
-            return True
-        return used <= results and consistent(equations[1:], todo, results - used + Counter([c]))
 
-    todo = Counter((min(item), max(item)) for item in items)
-    return consistent([tuple(map(int, m.groups())) for m in pairs], todo, Counter())
+# ---------------------------------------------------------------------------------------------------
+# Sudoku (Kim et al., arXiv 2502.06768): clues are the prompt, blanks the canvas
+# ---------------------------------------------------------------------------------------------------
+
+
+def sudoku_units(box):
+    """For each cell its three units (row, column, box), as numbers; `box` is (rows, columns) of a box."""
+    r, c = box
+    side = r * c
+    return [(i // side, side + i % side, 2 * side + i // side // r * r + i % side // c) for i in range(side * side)]
+
+
+def sudoku_solutions(grid, box, limit, rng=None):
+    """Up to `limit` solutions of a grid (list of ints, 0 blank), by backtracking on the cell with fewest choices."""
+    units, side = sudoku_units(box), box[0] * box[1]
+    free, grid, found = [(1 << side) - 1] * (3 * side), list(grid), []
+    for i, value in enumerate(grid):
+        if value:
+            for unit in units[i]:
+                free[unit] &= ~(1 << value - 1)
+
+    def search(blanks):
+        if not blanks:
+            return found.append(list(grid))
+        choices, i = min((((free[a] & free[b] & free[c]).bit_count(), i) for i in blanks for a, b, c in (units[i],)), key=lambda x: x[0])
+        if not choices:
+            return
+        values = [v for v in range(side) if all(free[unit] >> v & 1 for unit in units[i])]
+        for v in rng.sample(values, len(values)) if rng else values:
+            grid[i] = v + 1
+            for unit in units[i]:
+                free[unit] ^= 1 << v
+            search([j for j in blanks if j != i])
+            for unit in units[i]:
+                free[unit] ^= 1 << v
+            if len(found) >= limit:
+                break
+        grid[i] = 0
+
+    search([i for i, value in enumerate(grid) if not value])
+    return found
+
+
+def dig(solution, box, rng):
+    """A puzzle with this one solution and no clue to spare: cells blanked in random order while it stays the only one."""
+    puzzle = list(solution)
+    for i in rng.sample(range(len(puzzle)), len(puzzle)):
+        value, puzzle[i] = puzzle[i], 0
+        if len(sudoku_solutions(puzzle, box, 2)) > 1:
+            puzzle[i] = value
+    return puzzle
+
+
+def shuffled_sudoku(puzzle, solution, box, rng):
+    """The same puzzle with digits, bands, stacks, and the lines in them permuted: as hard, and still with one solution."""
+    (r, c), side = box, box[0] * box[1]
+    lines = lambda size: [b * size + i for b in rng.sample(range(side // size), side // size) for i in rng.sample(range(size), size)]
+    columns, digit = lines(c), [0, *rng.sample(range(1, side + 1), side)]
+    cells = [row * side + column for row in lines(r) for column in columns]
+    return [digit[puzzle[i]] for i in cells], [digit[solution[i]] for i in cells]
+
+
+def sudoku_problems(n, seed, held_out, box, base=400):
+    """n dicts {question, answer, box}: puzzle and solution as text, rows of digits, "." for a blank.
+
+    `base` puzzles are dug from random grids, the rest are permutations of them. One grid in 8 is held out.
+    """
+    rng, side, problems = random.Random(seed), box[0] * box[1], []
+    text = lambda grid: "\n".join("".join(map(str, grid[i : i + side])) for i in range(0, len(grid), side)).replace("0", ".")
+    grids = [sudoku_solutions([0] * side * side, box, 1, rng)[0] for _ in range(base)]
+    puzzles = [(dig(grid, box, rng), grid) for grid in grids]
+    while len(problems) < n:
+        puzzle, solution = map(text, shuffled_sudoku(*rng.choice(puzzles), box, rng))
+        if (zlib.crc32(solution.encode()) % HELD_OUT == 0) == held_out:
+            problems.append({"question": puzzle, "answer": solution, "box": box})
+    return problems
+
+
+def solves_sudoku(text, problem):
+    """Does the grid keep every clue and have each digit once in each row, column and box?"""
+    if len(text) != len(problem["question"]) or any(q not in (".", t) for q, t in zip(problem["question"], text)):
+        return False
+    cells, side = text.replace("\n", ""), problem["box"][0] * problem["box"][1]
+    filled = {(unit, v) for v, units in zip(cells, sudoku_units(problem["box"])) for unit in units}
+    return set(cells) == set("123456789"[:side]) and len(filled) == 3 * side * side
+
+
+# ---------------------------------------------------------------------------------------------------
+# The two-token task of variational masked diffusion (Zhang et al., arXiv 2510.23606)
+# ---------------------------------------------------------------------------------------------------
+
+PAIRS = {"d1": [1] * 10, "d2": list(range(1, 11))}  # weight of the pair (k, k + 1 mod 10)
+
+
+def pair_problems(n, seed, kind):
+    """n dicts {question, answer}: an empty question, and two digits k and k + 1 mod 10."""
+    first = random.Random(seed).choices(range(10), PAIRS[kind], k=n)
+    return [{"question": "", "answer": f"{k}{(k + 1) % 10}"} for k in first]
+
+
+def score_pairs(tokenizer, denoiser, kind, n=10_000, seed=0):
+    """Both tokens drawn in one step, n times: (share of valid pairs, total variation from the true frequencies)."""
+    device = next(denoiser.parameters()).device
+    tokens, canvas, _ = encode_problems(pair_problems(n, 0, kind), tokenizer, 3, 2, with_answers=False)
+    generator = torch.Generator(device).manual_seed(seed)
+    out = mdmvi.generate(denoiser, tokens.long().to(device), canvas.to(device), "random", 1, temperature=1.0, generator=generator)
+    count = Counter(answer_text(tokenizer, row, on) for row, on in zip(out.tokens.cpu(), canvas))
+    truth = {f"{k}{(k + 1) % 10}": w / sum(PAIRS[kind]) for k, w in enumerate(PAIRS[kind])}
+    distance = sum(abs(count[pair] / n - truth.get(pair, 0)) for pair in truth.keys() | count.keys()) / 2
+    return sum(count[pair] for pair in truth) / n, distance
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -317,15 +415,20 @@ def encode_problems(problems, tokenizer, max_len, canvas_len, with_answers=True)
     """Lay problems out as prompt, canvas of `canvas_len` tokens filled up with EOS, then EOS off the canvas.
 
     Returns (tokens int32 [M, max_len], canvas bool [M, max_len], fits: list of M bools); a problem that
-    does not fit has an empty canvas.
+    does not fit has an empty canvas. Of a Sudoku the canvas is its blanks, and nothing is filled up.
     """
     tokens = torch.full((len(problems), max_len), tokenizer.eos_id, dtype=torch.int32)
     canvas = torch.zeros(len(problems), max_len, dtype=torch.bool)
     fits = []
     for i, problem in enumerate(problems):
+        if "box" in problem:
+            ids = tokenizer.encode(SEPARATOR + problem["answer" if with_answers else "question"])
+            tokens[i], canvas[i, 1:] = torch.tensor(ids), torch.tensor([c == "." for c in problem["question"]])
+            fits.append(True)
+            continue
         prompt = tokenizer.encode(problem["question"] + SEPARATOR)
         answer = tokenizer.encode(problem["answer"]) if with_answers else []
-        fits.append(len(prompt) + canvas_len <= max_len and len(answer) < canvas_len)
+        fits.append(len(prompt) + canvas_len <= max_len and len(answer) <= canvas_len)
         if fits[-1]:
             tokens[i, : len(prompt) + len(answer)] = torch.tensor(prompt + answer, dtype=torch.int32)
             canvas[i, len(prompt) : len(prompt) + canvas_len] = True
@@ -351,11 +454,14 @@ def load_checkpoint(path, device="cpu"):
         raise UserError(f"checkpoint {path} is damaged or not a checkpoint ({type(error).__name__}): {advice}")
     if not isinstance(checkpoint, dict) or checkpoint.get("program") != "mdmvi":
         raise UserError(f"checkpoint {path} was written by another program: {advice}")
+    if "order_steps" not in checkpoint:
+        raise UserError(f"checkpoint {path} was written by an older version: train again")
     return checkpoint
 
 
 def build_models(checkpoint, device="cpu"):
-    """(denoiser, policy, posterior, plain): `plain` is the equal-compute baseline's denoiser, or None."""
+    """(denoiser, policy, posterior, plain): `plain` is the equal-compute baseline's denoiser, or None;
+    `policy` is None where no order was trained."""
     config = mdmvi.ModelConfig(**checkpoint["config"])
     denoiser, policy = mdmvi.Denoiser(config), mdmvi.UnmaskPolicy(config)
     posterior = mdmvi.OrderPosterior(config)
@@ -364,7 +470,7 @@ def build_models(checkpoint, device="cpu"):
         if model is not None:
             model.load_state_dict(checkpoint[name])
             model.to(device).eval()
-    return denoiser, policy, posterior, plain
+    return denoiser, policy if checkpoint["order_steps"] else None, posterior, plain
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -397,10 +503,13 @@ def attempt(problems, tokenizer, tokens, canvas, strategy, budget, denoiser, bat
     for at in range(0, len(problems), batch):
         x, on = tokens[at : at + batch].long(), canvas[at : at + batch]
         out = mdmvi.generate(denoiser, x, on, strategy, budget, generator=generator, **options)
-        texts += [answer_text(tokenizer, row, c) for row, c in zip(out.tokens.cpu(), on.cpu())]
+        part = [torch.arange(x.shape[1]) > 0] * len(x) if "box" in problems[0] else on.cpu()  # a Sudoku is read whole
+        texts += [answer_text(tokenizer, row, c) for row, c in zip(out.tokens.cpu(), part)]
         steps += out.steps.tolist()
     seconds = time.perf_counter() - start
     solved = [is_solved(text, problem) for text, problem in zip(texts, problems)]
+    if "box" in problems[0]:
+        return dict(solved=solved, answered=solved, steps=steps, seconds=seconds, texts=texts)
     answered = [final_number(t) is not None and final_number(t) == final_number(p.get("reference", p["answer"])) for t, p in zip(texts, problems)]
     return dict(solved=solved, answered=answered, steps=steps, seconds=seconds, texts=texts)
 
@@ -408,6 +517,8 @@ def attempt(problems, tokenizer, tokens, canvas, strategy, budget, denoiser, bat
 def is_solved(text, problem):
     if "items" in problem:
         return solves_arithmetic(text, problem["items"])
+    if "box" in problem:
+        return solves_sudoku(text, problem)
     return solves_equations(text, problem["reference"])
 
 
@@ -416,32 +527,41 @@ def all_rules():
     return [(s, False) for s in mdmvi.STRATEGIES if s != "learned"] + [(s, True) for s in mdmvi.CONFIDENCE_RULES]
 
 
-def score(problems, tokenizer, tokens, canvas, models, budgets, rules=None, batch=128, seed=0, progress=None):
+def score(problems, tokenizer, tokens, canvas, models, budgets, rules=None, batch=128, seed=0, single=False, progress=None):
     """Rows for the table: the learned order, then every rule at its average and its largest number of steps.
 
     Each rule runs on the order-trained denoiser and on the plain one, and keeps the one with more solved.
+    single: first every rule at one token a step. Without a policy the rules run at the budgets themselves.
     Returns (rows, learned): dicts as `--json` writes them, and {budget: attempt of the learned order}.
     """
     denoiser, policy, _, plain = models
     run = lambda *args, **options: attempt(problems, tokenizer, tokens, canvas, *args, batch=batch, seed=seed, **options)
-    rows, learned = [], {}
+    rows, learned, done = [], {}, {}
+
+    def add_rules(budget, match, steps, ours=None):
+        for strategy, eos_aware in all_rules() if rules is None else rules:
+            if (strategy, eos_aware, steps) not in done:
+                tries = [("plain" if policy is None else "order", run(strategy, steps, denoiser, eos_aware=eos_aware))]
+                if plain is not None:
+                    tries.append(("plain", run(strategy, steps, plain, eos_aware=eos_aware)))
+                done[strategy, eos_aware, steps] = max(tries, key=lambda t: sum(t[1]["solved"]))
+            model, best = done[strategy, eos_aware, steps]
+            rows.append(make_row(strategy, eos_aware, budget, match, model, best, ours and mcnemar(ours["solved"], best["solved"])))
+            if progress:
+                progress(rows[-1])
+
+    if single:
+        most = int(canvas.sum(1).max())
+        add_rules(most, "own", most)
     for budget in budgets:
+        if policy is None:
+            add_rules(budget, "own", budget)
+            continue
         ours = learned[budget] = run("learned", budget, denoiser, policy=policy)
-        row = make_row("learned", False, budget, "own", "order", ours, None)
-        average, most = row["average_steps"], row["max_steps"]
-        rows.append(row)
-        done = {}
-        for match, steps in (("avg", max(1, round(average))), ("max", max(1, most))):
-            for strategy, eos_aware in all_rules() if rules is None else rules:
-                if (strategy, eos_aware, steps) not in done:
-                    tries = [("order", run(strategy, steps, denoiser, eos_aware=eos_aware))]
-                    if plain is not None:
-                        tries.append(("plain", run(strategy, steps, plain, eos_aware=eos_aware)))
-                    done[strategy, eos_aware, steps] = max(tries, key=lambda t: sum(t[1]["solved"]))
-                model, best = done[strategy, eos_aware, steps]
-                rows.append(make_row(strategy, eos_aware, budget, match, model, best, mcnemar(ours["solved"], best["solved"])))
-                if progress:
-                    progress(rows[-1])
+        rows.append(make_row("learned", False, budget, "own", "order", ours, None))
+        average, most = rows[-1]["average_steps"], rows[-1]["max_steps"]
+        add_rules(budget, "avg", max(1, round(average)), ours)
+        add_rules(budget, "max", max(1, most), ours)
     return rows, learned
 
 
@@ -474,26 +594,26 @@ def table(rows):
 def steps_by_items(problems, result):
     """The learned order's average steps by number of items in the problem, as plain text."""
     lines = ["items  problems  average steps  solved %"]
-    for n in sorted({len(p["items"]) for p in problems}):
-        chosen = [i for i, p in enumerate(problems) if len(p["items"]) == n]
+    for n in sorted({len(p["items"]) - 1 for p in problems}):
+        chosen = [i for i, p in enumerate(problems) if len(p["items"]) == n + 1]
         steps, solved = (sum(result[key][i] for i in chosen) / len(chosen) for key in ("steps", "solved"))
         lines.append(f"{n:5d}  {len(chosen):8d}  {steps:13.2f}  {100 * solved:8.1f}")
     return "\n".join(lines)
 
 
-def print_scores(problems, tokenizer, tokens, canvas, models, budgets, rules=None, batch=128, seed=0, json_file=None, plot_file=None):
+def print_scores(problems, tokenizer, tokens, canvas, models, budgets, rules=None, batch=128, seed=0, single=False, json_file=None, plot_file=None):
     """Score, then print the table (and steps by number of items on the embedded task), write the files."""
-    runs = len(all_rules() if rules is None else rules) * 2 * len(budgets)
+    runs = len(all_rules() if rules is None else rules) * (len(budgets) * (1 if models[1] is None else 2) + single)
     with tqdm(total=runs, desc="scoring", unit="rule", dynamic_ncols=True) as bar:
 
         def progress(row):
             bar.update()
             bar.set_postfix_str(f"{row['strategy']} {100 * row['solved']:.1f}%", refresh=False)
 
-        rows, learned = score(problems, tokenizer, tokens, canvas, models, budgets, rules, batch, seed, progress)
+        rows, learned = score(problems, tokenizer, tokens, canvas, models, budgets, rules, batch, seed, single, progress)
     print(f"\n{len(problems)} held-out problems; p: exact McNemar test of learned against each rule, on solved\n")
     print(table(rows))
-    for budget in budgets if "items" in problems[0] else ():
+    for budget in learned if "items" in problems[0] else ():
         print(f"\nlearned order, budget {budget}, by number of items in the problem\n")
         print(steps_by_items(problems, learned[budget]))
     if json_file:
@@ -501,6 +621,15 @@ def print_scores(problems, tokenizer, tokens, canvas, models, budgets, rules=Non
     if plot_file:
         plot(rows, plot_file)
     return rows
+
+
+def print_pairs(tokenizer, denoiser, kind, json_file=None):
+    valid, distance = score_pairs(tokenizer, denoiser, kind)
+    model = f"VMD, {denoiser.latent_dim} latent dimensions" if denoiser.latent_dim else "plain MDM"
+    print(f"\n10,000 pairs ({kind}), both tokens in one step\n\nmodel                     valid pairs %  total variation from the truth")
+    print(f"{model:24s}  {100 * valid:13.1f}  {distance:30.3f}")
+    if json_file:
+        write_file(json_file, json.dumps({"pairs": kind, "latent_dim": denoiser.latent_dim, "valid": valid, "distance": distance}) + "\n")
 
 
 def write_file(path, text):
@@ -532,6 +661,15 @@ def plot(rows, path):
         raise UserError(f"cannot write {path} ({error}): give another file, .png, .svg or .pdf")
 
 
+def held_out_problems(about, n):
+    """Test problems of an embedded task; `about` is a checkpoint, or the flags of a run."""
+    if about["task"] == "arithmetic":
+        return arithmetic_problems(n, 1, True, about["items"])
+    if about["task"] == "sudoku":
+        return sudoku_problems(n, 1, True, about["box"])
+    return pair_problems(n, 1, about["pairs"])
+
+
 def pick_problems(checkpoint, args):
     """The problems that a checkpoint's task and --data ask for."""
     if args.data:
@@ -541,7 +679,7 @@ def pick_problems(checkpoint, args):
         return problems[: args.problems] if args.problems else problems
     if checkpoint["task"] == "gsm8k":
         raise UserError("a gsm8k checkpoint needs --data: a file, a folder, or a hub name like openai/gsm8k")
-    return arithmetic_problems(args.problems or 2000, 1, True, checkpoint["items"])
+    return held_out_problems(checkpoint, args.problems or 2000)
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -580,6 +718,7 @@ def main(argv=None):
     add("--data", help="gsm8k: a .json/.jsonl(.gz/.xz) file, a folder of them, or a hub name (its test split)")
     add("--budget", type=int, nargs="+", help="budgets T of the learned order (default: the one it was trained for)")
     add("--strategies", nargs="+", metavar="RULE", help="rules to compare with, +eos for eos_aware (default: all)")
+    add("--single", action="store_true", help="score the rules at one token a step as well")
     add("--problems", type=int, help="score so many problems (default: 2000 of the embedded task, or the whole file)")
     add("--batch", type=int, default=128, help="problems generated together")
     add("--seed", type=int, default=0, help="seed of the draws")
@@ -596,11 +735,13 @@ def main(argv=None):
             raise UserError(f"{name} is {value}: it must be at least 1")
     models = build_models(checkpoint, args.device)
     tokenizer = tokenizer_of(checkpoint["tokenizer"])
+    if checkpoint["task"] == "pairs":
+        return print_pairs(tokenizer, models[0], checkpoint["pairs"], args.json)
     problems = pick_problems(checkpoint, args)
     tokens, canvas, fits = encode_problems(problems, tokenizer, checkpoint["config"]["max_len"], checkpoint["canvas_len"], with_answers=False)
     if not all(fits):
         print(f"{fits.count(False)} prompts are longer than the context and count as wrong", file=sys.stderr)
-    print_scores(problems, tokenizer, tokens.to(args.device), canvas.to(args.device), models, budgets, rules, args.batch, args.seed, args.json, args.plot)
+    print_scores(problems, tokenizer, tokens.to(args.device), canvas.to(args.device), models, budgets, rules, args.batch, args.seed, args.single, args.json, args.plot)
 
 
 def check_device(name):

@@ -7,7 +7,8 @@ reveal together is a latent variable r here, learned by variational inference (F
     1. model      p_theta(x^i | x_s) and pi_i(x_s): the denoiser and the policy head
     2. posterior  q_phi(r | x_0): an order that is drawn without running the denoiser
     3. bound      plain MDM loss, the ELBO over orders, its RLOO gradient
-    4. samplers   the learned order and the fixed rules it is compared with
+    4. latent     optional: one Gaussian z shared by all tokens (VMD; Zhang et al., arXiv 2510.23606, "[V]")
+    5. samplers   the learned order and the fixed rules it is compared with
 
 Shapes: B batch, N sequence length, V vocabulary, D width, T = budget (steps). `canvas` is a bool [B, N],
 true where the answer goes; `masked` is the part of it that is still hidden (M_s). All log-probabilities
@@ -34,7 +35,8 @@ import torch.nn.functional as F
 @dataclass
 class ModelConfig:
     """Shape of a denoiser. `mask_id` may lie inside the vocabulary or be equal to `vocab_size`, in which
-    case only the embedding has a row for it. `rope_bf16` rounds the rotary tables as SMDM did."""
+    case only the embedding has a row for it. `rope_bf16` rounds the rotary tables as SMDM did.
+    `latent_dim` above 0 adds the shared latent of section 4."""
 
     vocab_size: int
     max_len: int
@@ -45,6 +47,7 @@ class ModelConfig:
     mask_id: int
     eos_id: int
     rope_bf16: bool = False
+    latent_dim: int = 0
 
 
 def rotary_tables(head_size, length, rope_bf16=False):
@@ -101,11 +104,11 @@ class Trunk(nn.Module):
                 into_residual = name.endswith(("proj.weight", "w3.weight"))
                 nn.init.normal_(weight, std=0.02 / math.sqrt(2 * n_layer) if into_residual else 0.02)
 
-    def forward(self, tokens):
+    def forward(self, tokens, shift=None):
         N = tokens.shape[1]
         if N > self.max_len:
             raise ValueError(f"sequence of {N} tokens is longer than the model's context of {self.max_len}")
-        x = self.wte(tokens)
+        x = self.wte(tokens) if shift is None else self.wte(tokens) + shift
         for block in self.blocks:
             x = block(x, self.cos[:N], self.sin[:N])
         return self.norm(x)
@@ -115,7 +118,8 @@ class Denoiser(nn.Module):
     """p_theta(x^i | x_s): tokens int64 [B, N] -> (logits [B, N, V], hidden [B, N, D]).
 
     The MASK token is never predicted: its logit is -inf if it has one. Raises ValueError where N is
-    longer than `config.max_len`.
+    longer than `config.max_len`. With `config.latent_dim` it takes z [B, latent_dim] as well (section 4)
+    and carries the encoder of z.
     """
 
     def __init__(self, config):
@@ -124,9 +128,14 @@ class Denoiser(nn.Module):
         self.trunk = Trunk(config, config.n_layer)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         nn.init.normal_(self.lm_head.weight, std=0.02)
+        self.latent_dim = config.latent_dim
+        if self.latent_dim:
+            self.from_z = nn.Linear(config.latent_dim, config.n_embd, bias=False)
+            nn.init.normal_(self.from_z.weight, std=0.02)
+            self.encoder = LatentEncoder(config)
 
-    def forward(self, tokens):
-        hidden = self.trunk(tokens)
+    def forward(self, tokens, z=None):
+        hidden = self.trunk(tokens, None if z is None else self.from_z(z)[:, None])
         logits = self.lm_head(hidden)
         if self.mask_id < self.config.vocab_size:
             is_mask = torch.arange(self.config.vocab_size, device=logits.device) == self.mask_id
@@ -247,13 +256,17 @@ def stratified_uniform(n, device, generator=None):
     return (torch.arange(n, device=device) / n + u) % 1.0
 
 
-def mdm_loss(denoiser, tokens, canvas, generator=None):
+def mdm_loss(denoiser, tokens, canvas, generator=None, budget=None):
     """Plain masked-diffusion loss, nats per canvas token (scalar): the negative of `mdm_elbo`, in one draw.
 
     t ~ U(0, 1]; each canvas token is masked with probability t; sum over masked of CE / t over the
     canvas length (SMDM's objective). tokens int64 [B, N] clean; canvas bool [B, N], not empty in any row.
+    budget: given, t is one of 1/T, 2/T, .., 1, and the loss is minus the bound of uniformly random orders
+    in T steps (`order_elbo` without a posterior): 1 / t = T / (T - s) at step s.
     """
     t = 1.0 - stratified_uniform(len(tokens), tokens.device, generator)
+    if budget is not None:
+        t = (t * budget).ceil() / budget
     masked = canvas & (torch.rand(tokens.shape, device=tokens.device, generator=generator) < t[:, None])
     logits, _ = denoiser(tokens.masked_fill(masked, denoiser.mask_id))
     log_p = torch.where(masked, token_log_prob(logits, tokens), 0.0).sum(1)
@@ -365,7 +378,80 @@ def order_elbo(denoiser, policy, posterior, tokens, canvas, budget, tau, samples
 
 
 # ---------------------------------------------------------------------------------------------------
-# 4. Samplers: the learned order and the fixed rules.
+# 4. Optional latent variable, VMD ([V]): z ~ N(0, I), one for all positions, carries what tokens revealed
+#    in the same step have in common.  log p(x_0 | c) >= E_{z ~ q(z | c, x_0)} bound(x_0 | c, z)
+#    - KL( q(z | c, x_0) || N(0, I) ), for any bound of section 3 on the denoiser given z.
+# ---------------------------------------------------------------------------------------------------
+
+
+class LatentEncoder(nn.Module):
+    """q(z | c, x_0) = N(mu, diag exp(log_var)): clean tokens int64 [B, N], canvas bool [B, N] ->
+    (mu, log_var), each float [B, latent_dim]."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.trunk = Trunk(config, min(2, config.n_layer))
+        self.out = nn.Linear(config.n_embd, 2 * config.latent_dim)
+
+    def forward(self, tokens_clean, canvas):
+        weight = (canvas / canvas.sum(1, keepdim=True))[:, :, None]
+        return self.out((self.trunk(tokens_clean) * weight).sum(1)).float().chunk(2, dim=-1)
+
+
+def given(denoiser, z):
+    """The denoiser with its latent fixed to z [B, latent_dim], as `mdm_loss` and the bounds take one."""
+
+    def with_z(tokens):
+        return denoiser(tokens, z)
+
+    with_z.mask_id, with_z.eos_id = denoiser.mask_id, denoiser.eos_id
+    return with_z
+
+
+def gaussian_kl(mu, log_var):
+    """KL( N(mu, diag exp(log_var)) || N(0, I) ) in nats, [B], from mu and log_var [B, latent_dim]."""
+    return 0.5 * (mu.square() + log_var.exp() - 1 - log_var).sum(-1)
+
+
+def draw_latent(encoder, tokens, canvas, generator=None):
+    """z ~ q(z | c, x_0) [B, latent_dim], reparameterised, and KL( q || N(0, I) ) [B] in nats."""
+    mu, log_var = encoder(tokens, canvas)
+    noise = torch.randn(mu.shape, device=mu.device, generator=generator)
+    return mu + (0.5 * log_var).exp() * noise, gaussian_kl(mu, log_var)
+
+
+def vmd_loss(denoiser, tokens, canvas, budget, generator=None):
+    """Negative VMD bound, nats per canvas token (scalar), for generation in `budget` uniformly random steps.
+
+    The budget matters: with as many steps as tokens the plain bound can already be tight, and a latent has
+    nothing to add to it.
+    """
+    z, kl = draw_latent(denoiser.encoder, tokens, canvas, generator)
+    return mdm_loss(given(denoiser, z), tokens, canvas, generator, budget) + (kl / canvas.sum(1)).mean()
+
+
+def vmd_order_loss(denoiser, policy, posterior, tokens, canvas, budget, tau, paths, generator=None):
+    """`order_loss` with the latent: one z for each x_0, shared by its paths; the KL of z added."""
+    z, kl = draw_latent(denoiser.encoder, tokens, canvas, generator)
+    conditional = given(denoiser, z.repeat_interleave(paths, 0))
+    loss, stats = order_loss(conditional, policy, posterior, tokens, canvas, budget, tau, paths, generator)
+    latent_kl = (kl / canvas.sum(1)).mean()
+    return loss + latent_kl, dict(stats, latent_kl=latent_kl.detach())
+
+
+@torch.no_grad()
+def vmd_elbo(denoiser, policy, posterior, tokens, canvas, budget, tau, samples, generator=None):
+    """`order_elbo` with the latent: Monte Carlo estimate [B] (nats per sequence), a new z for each sample."""
+    total = 0.0
+    for _ in range(samples):
+        z, kl = draw_latent(denoiser.encoder, tokens, canvas, generator)
+        bound = order_elbo(given(denoiser, z), policy, posterior, tokens, canvas, budget, tau, 1, generator)
+        total = total + bound - kl
+    return total / samples
+
+
+# ---------------------------------------------------------------------------------------------------
+# 5. Samplers: the learned order and the fixed rules.
 # ---------------------------------------------------------------------------------------------------
 
 CONFIDENCE_RULES = ("top_prob", "top_prob_margin", "entropy", "threshold")  # these may be eos_aware
@@ -444,6 +530,7 @@ def generate(
     tokens int64 [B, N] (what lies on the canvas is ignored); canvas bool [B, N]; strategy: one of
     STRATEGIES ("learned" needs `policy`); eos_aware: see `choose_by_rule`, for CONFIDENCE_RULES only;
     threshold: the probability above which "threshold" reveals. The last step reveals all that is left.
+    A denoiser with a latent gets one z ~ N(0, I) a row, drawn before the first step.
     Returns a Generation. Raises ValueError on an unknown strategy or a budget below 1.
     """
     if strategy not in STRATEGIES:
@@ -457,12 +544,15 @@ def generate(
     tokens = tokens.masked_fill(canvas, denoiser.mask_id)
     reveal_step = torch.full_like(tokens, -1)
     steps = torch.zeros_like(tokens[:, 0])
+    latent_dim = getattr(denoiser, "latent_dim", 0)
+    if latent_dim:
+        z = torch.randn(len(tokens), latent_dim, device=tokens.device, generator=generator)
     rows = canvas.any(1).nonzero().squeeze(1)
     for s in range(budget):
         if len(rows) == 0:
             break
         x, masked = tokens[rows], canvas[rows] & (reveal_step[rows] < 0)
-        logits, hidden = denoiser(x)
+        logits, hidden = denoiser(x, z[rows]) if latent_dim else denoiser(x)
         if s == budget - 1:
             reveal = masked
         elif strategy == "learned":

@@ -1,10 +1,11 @@
 """Generate for one prompt and show the order: the canvas after each step, or a page to step through.
 
-    python sample.py "Ann buys 3 pens at $2 and 2 cups at $3. How much does she pay?"
+    python sample.py "Ann has 5 pens. She buys 2, loses 3 and finds 1. How many pens does she have now?"
     python sample.py --strategy learned top_prob left_to_right+eos --html order.html < prompt.txt
 """
 
 import html
+import math
 import sys
 
 import torch
@@ -91,12 +92,19 @@ def main(argv=None):
     if args.temperature < 0:
         raise UserError(f"--temperature is {args.temperature}: it must be at least 0")
     prompt = (sys.stdin.read() if args.prompt is None else args.prompt).strip()
-    if not prompt:
+    if not prompt and checkpoint["task"] != "pairs":
         raise UserError("the prompt is empty: give it as an argument or on standard input")
     denoiser, policy, _, _ = eval_gsm8k.build_models(checkpoint, args.device)
+    if policy is None and ("learned", False) in chosen:
+        raise UserError(f"{args.checkpoint} has no learned order (stage 1 only): give another --strategy")
     tokenizer = eval_gsm8k.tokenizer_of(checkpoint["tokenizer"])
     max_len, canvas_len = checkpoint["config"]["max_len"], checkpoint["canvas_len"]
     problem = {"question": prompt, "answer": ""}
+    if checkpoint["task"] == "sudoku":
+        side = math.isqrt(canvas_len)
+        if [len(row) for row in prompt.split("\n")] != [side] * side or not set(prompt) <= set(".\n123456789"[: side + 2]):
+            raise UserError(f"a puzzle has {side} rows of {side} characters, 1 to {side} or . for a blank: mend the prompt")
+        problem["box"] = checkpoint["box"]
     tokens, canvas, fits = eval_gsm8k.encode_problems([problem], tokenizer, max_len, canvas_len)
     if not fits[0]:
         length = len(tokenizer.encode(prompt + eval_gsm8k.SEPARATOR))
@@ -112,7 +120,8 @@ def main(argv=None):
         results.append((title, out.tokens[0].cpu()[on].tolist(), out.reveal_step[0].cpu()[on].tolist(), int(out.steps[0])))
         print(f"{title}, {results[-1][3]} steps")
         print("\n".join(show_steps(tokenizer, *results[-1][1:], color=sys.stdout.isatty())))
-        print(f"answer: {eval_gsm8k.answer_text(tokenizer, out.tokens[0].cpu(), on)}\n")
+        whole = torch.arange(max_len) > 0 if "box" in problem else on
+        print(f"answer:\n{eval_gsm8k.answer_text(tokenizer, out.tokens[0].cpu(), whole)}\n")
     if args.html:
         eval_gsm8k.write_file(args.html, page(prompt, results, tokenizer))
 

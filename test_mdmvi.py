@@ -7,6 +7,7 @@ fixed seeds: means within five standard errors, distributions by chi-square.
 Sections for the scripts follow below it.
 """
 
+import functools
 import gzip
 import io
 import itertools
@@ -15,6 +16,7 @@ import lzma
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -60,10 +62,32 @@ class Toy:
         return self.logits[state], self.pi[state]
 
     def policy(self, hidden):
-        return hidden.squeeze(-1)
+        return hidden.squeeze(2)
 
     def posterior(self, tokens):
         return F.logsigmoid(self.score[(tokens * self.base).sum(1)])
+
+
+class LatentToy(Toy):
+    """A Toy that moves with z [B, 1]; its encoder looks up (mu, log_var). Without z it answers for all of
+    `grid` at once, which adds a last dimension to everything that is computed from it below."""
+
+    latent_dim = 1
+
+    def __init__(self, length=4, vocab=3, seed=0):
+        super().__init__(length, vocab, seed)
+        g, self.grid = rng(seed + 100), None
+        self.slope = (1.5 * torch.randn(self.logits.shape, generator=g)).requires_grad_()
+        self.turn = torch.randn(self.pi.shape, generator=g).requires_grad_()
+        self.code = (0.7 * torch.randn(len(self.pi), 2, generator=g)).requires_grad_()
+
+    def __call__(self, tokens, z=None):
+        state = (tokens * self.base).sum(1)
+        move = (lambda x, by: x[..., None] + by[..., None] * self.grid) if z is None else (lambda x, by: x + by * z[:, None])
+        return move(self.logits[state], self.slope[state]), move(self.pi[state], self.turn[state])
+
+    def encoder(self, tokens, canvas):
+        return self.code[(tokens * self.base).sum(1)].chunk(2, -1)
 
 
 def rng(seed):
@@ -86,9 +110,9 @@ def orders(canvas, T):
 
 
 def look(toy, x0, M):
-    """(log p_theta [N, V], pi [N]) on x0 with the positions M masked."""
+    """(log p_theta [N, V], pi [N]) on x0 with the positions M masked; of a LatentToy [N, V, Z] and [N, Z]."""
     logits, hidden = toy(torch.tensor([[toy.mask_id if i in M else int(x) for i, x in enumerate(x0)]]))
-    return logits[0].double().log_softmax(-1), toy.policy(hidden)[0].double().sigmoid()
+    return logits[0].double().log_softmax(1), toy.policy(hidden)[0].double().sigmoid()
 
 
 def joint(toy, x0, order, T):
@@ -143,6 +167,30 @@ def exact_mdm(toy, x0, canvas):
     return log_p.mean(), log_p.exp().mean().log()
 
 
+def exact_uniform(toy, x0, canvas, T):
+    """Of uniformly random orders in T steps: (log-likelihood, bound)."""
+    log_p = torch.stack([joint(toy, x0, order, T)[1] for order in orders(canvas, T)])
+    return log_p.logsumexp(0) - math.log(len(log_p)), log_p.mean(0)
+
+
+EPSILON = torch.linspace(-8, 8, 129, dtype=torch.double)
+NORMAL = (-EPSILON.square() / 2).exp() / math.sqrt(2 * math.pi)
+
+
+def exact_vmd(toy, x0, canvas, T, learned):
+    """log p(x_0 | c) and the VMD bound E_q[bound given z] - E_q[log q(z) - log p(z)], by the trapezoid rule over z."""
+
+    def at(z):
+        toy.grid = z
+        return (exact_log_p(toy, x0, canvas, T), exact_elbo(toy, x0, canvas, T)[0]) if learned else exact_uniform(toy, x0, canvas, T)
+
+    log_p = torch.trapezoid(NORMAL * at(EPSILON)[0].exp(), EPSILON).log()
+    mu, log_var = (x.double().squeeze() for x in toy.encoder(x0[None], canvas[None]))
+    z = mu + (log_var / 2).exp() * EPSILON
+    log_q_over_prior = z.square() / 2 - EPSILON.square() / 2 - log_var / 2
+    return log_p, torch.trapezoid(NORMAL * (at(z)[1] - log_q_over_prior), EPSILON)
+
+
 def assert_mean(samples, expected, precision):
     """samples [n, ...] average to `expected` within five standard errors, small enough to mean something."""
     samples, expected = samples.detach().double(), torch.as_tensor(expected).detach().double()
@@ -182,8 +230,7 @@ def test_order_elbo(T):
         bound, log_p = exact_elbo(toy, X0[row], CANVAS[row], T)[0], exact_log_p(toy, X0[row], CANVAS[row], T)
         assert abs(bound - log_p) < 1e-9 if T == 1 else bound < log_p - 0.01  # at T = 1 no order is left
         assert_mean(learned[row::2], bound, precision=0.005)
-        log_p_given_r = [joint(toy, X0[row], order, T)[1] for order in orders(CANVAS[row], T)]
-        assert_mean(uniform[row::2], torch.stack(log_p_given_r).mean(), precision=0.005)
+        assert_mean(uniform[row::2], exact_uniform(toy, X0[row], CANVAS[row], T)[1], precision=0.005)
 
 
 @pytest.mark.parametrize("T", [1, 2, 3])
@@ -247,6 +294,15 @@ def test_plain_loss_and_bound():
         assert_mean(samples[row::2], bound, precision=0.005)
     losses = torch.stack([mdmvi.mdm_loss(toy, tokens[:4000], canvas[:4000], rng(seed)) for seed in range(60)])
     assert_mean(losses, -sum(bound / c.sum() for (bound, _), c in zip(exact, CANVAS)) / 2, precision=0.005)
+
+
+@pytest.mark.parametrize("T", [1, 2, 3])
+def test_plain_loss_in_T_steps(T):
+    toy, (tokens, canvas) = Toy(), replicate(2000, X0, CANVAS)
+    exact = [-sum(exact_uniform(toy, x0, c, steps)[1] / c.sum() for x0, c in zip(X0, CANVAS)) / 2 for steps in (1, 2, 3)]
+    assert exact[0] < exact[1] - 0.03 < exact[2] - 0.06  # far enough apart to tell a wrong T
+    losses = torch.stack([mdmvi.mdm_loss(toy, tokens, canvas, rng(seed), T) for seed in range(200)])
+    assert_mean(losses, exact[T - 1], precision=0.002)
 
 
 def test_stratified_uniform():
@@ -340,10 +396,10 @@ def test_distribution_of_tokens_and_steps(strategy, T, temperature):
     assert_distribution(list(map(tuple, outcomes.tolist())), probability)
 
 
-def tiny_denoiser(vocab_size=5, mask_id=5, n_layer=1):
+def tiny_denoiser(vocab_size=5, mask_id=5, n_layer=1, latent_dim=0):
     """A Denoiser with weights large enough for probabilities far from uniform. Seeds what comes after it."""
     torch.manual_seed(0)
-    model = mdmvi.Denoiser(mdmvi.ModelConfig(vocab_size, 16, n_layer, 2, 8, 12, mask_id, eos_id=0))
+    model = mdmvi.Denoiser(mdmvi.ModelConfig(vocab_size, 16, n_layer, 2, 8, 12, mask_id, eos_id=0, latent_dim=latent_dim))
     with torch.no_grad():
         for weight in model.parameters():
             weight.normal_(float(weight.dim() == 1), 0.6)
@@ -445,8 +501,8 @@ def test_what_generate_refuses():
             mdmvi.generate(Toy(), X0, CANVAS, strategy, 3, Toy().policy, eos_aware=True)
 
 
-def slow_denoiser(model, tokens):
-    """The network on one sequence in float64, a head at a time: logits [N, V], hidden [N, D]."""
+def slow_denoiser(model, tokens, z):
+    """The network on one sequence and z [latent_dim] in float64, a head at a time: logits [N, V], hidden [N, D]."""
     w = {name.removeprefix("trunk."): x.detach().double().numpy() for name, x in model.named_parameters()}
     D, heads = model.config.n_embd, model.config.n_head
     size = D // heads
@@ -459,7 +515,7 @@ def slow_denoiser(model, tokens):
         z = (x[:, : size // 2] + 1j * x[:, size // 2 :]) * np.exp(1j * angle)
         return np.concatenate((z.real, z.imag), 1)
 
-    x = w["wte.weight"][tokens]
+    x = w["wte.weight"][tokens] + w["from_z.weight"] @ z
     for layer in range(model.config.n_layer):
         name = f"blocks.{layer}."
         h, mixed = norm(x, name + "norm_1.weight"), []
@@ -475,10 +531,12 @@ def slow_denoiser(model, tokens):
 
 
 def test_denoiser_agrees_with_a_slow_one():
-    model, tokens = tiny_denoiser(n_layer=2), torch.randint(6, (3, 9), generator=rng(0))
-    for row, *fast in zip(tokens, *model(tokens)):
-        for a, b in zip(fast, slow_denoiser(model, row.numpy())):
-            assert np.abs(a.detach().numpy() - b).max() < 1e-5
+    model, tokens = tiny_denoiser(n_layer=2, latent_dim=2), torch.randint(6, (3, 9), generator=rng(0))
+    z = torch.randn(3, 2, generator=rng(1))
+    for latent, outputs in ((z, model(tokens, z)), (0 * z, model(tokens))):
+        for row, z_row, *fast in zip(tokens, latent, *outputs):
+            for a, b in zip(fast, slow_denoiser(model, row.numpy(), z_row.numpy())):
+                assert np.abs(a.detach().numpy() - b).max() < 1e-5
 
 
 def test_denoiser_contract():
@@ -517,6 +575,196 @@ def test_a_plain_function_is_a_denoiser():
 
 
 # ---------------------------------------------------------------------------------------------------
+# Latent variable
+# ---------------------------------------------------------------------------------------------------
+
+
+def test_latent_and_its_kl():
+    mu, log_var = torch.randn(2, 3, generator=rng(0)), torch.randn(2, 3, generator=rng(1))
+    normal = torch.distributions.Normal
+    exact = torch.distributions.kl_divergence(normal(mu, (log_var / 2).exp()), normal(torch.zeros(3), torch.ones(3))).sum(1)
+    assert torch.allclose(mdmvi.gaussian_kl(mu, log_var), exact, rtol=1e-5)
+    assert mdmvi.gaussian_kl(torch.zeros(1, 3), torch.zeros(1, 3)) == 0
+    mus, log_vars = replicate(20000, mu, log_var)
+    z, kl = mdmvi.draw_latent(lambda tokens, canvas: (mus, log_vars), None, None, rng(0))
+    assert torch.allclose(kl.view(-1, 2), exact.expand(20000, 2), rtol=1e-5)
+    assert_mean(z.view(-1, 2, 3), mu, precision=0.02)
+    away = (z.view(-1, 2, 3) - mu).double()
+    products = away[:, :, :, None] * away.flip(1)[:, :, None], away[:, :, :, None] * away[:, :, None]
+    for product, covariance in zip(products, (torch.zeros(2, 3, 3), torch.diag_embed(log_var.exp()))):  # with the other row, with itself
+        assert_mean(product + torch.eye(3), covariance + torch.eye(3), precision=0.03)
+
+
+@pytest.mark.parametrize("T", [1, 2])
+@pytest.mark.parametrize("learned", [False, True])
+def test_vmd_elbo(learned, T):
+    toy, (tokens, canvas) = LatentToy(), replicate(20000, X0, CANVAS)
+    models = (toy.policy, toy.posterior) if learned else (None, None)
+    samples = mdmvi.vmd_elbo(toy, *models, tokens, canvas, T, TAU, 2, rng(T))
+    for row in range(2):
+        log_p, bound = exact_vmd(toy, X0[row], CANVAS[row], T, learned)
+        assert bound < log_p - 0.01
+        assert_mean(samples[row::2], bound, precision=0.005)
+
+
+@pytest.mark.parametrize("T", [1, 2])
+@pytest.mark.parametrize("learned", [False, True])
+def test_vmd_losses_and_their_gradients(learned, T):
+    toy, (tokens, canvas) = LatentToy(seed=3), replicate(1000, X0, CANVAS)
+    parameters = [toy.logits, toy.slope, toy.code] + [toy.pi, toy.turn, toy.score] * learned
+    loss = -sum(exact_vmd(toy, x0, c, T, learned)[1] / c.sum() for x0, c in zip(X0, CANVAS)) / 2
+    encoded, normal = torch.cat(toy.encoder(X0, None), 1), torch.distributions.Normal
+    kl = sum(torch.distributions.kl_divergence(normal(m, (v / 2).exp()), normal(0.0, 1.0)) / c.sum() for (m, v), c in zip(encoded, CANVAS)) / 2
+    expected = [loss, *torch.autograd.grad(loss, parameters, materialize_grads=True)]
+    assert all(gradient.any() for gradient in expected[1:4])
+    samples = []
+    for seed in range(40):
+        if learned:
+            estimate, stats = mdmvi.vmd_order_loss(toy, toy.policy, toy.posterior, tokens, canvas, T, TAU, 8, rng(seed))
+            assert stats["latent_kl"].item() == pytest.approx(kl.item(), rel=1e-4)
+            assert estimate.item() == pytest.approx((stats["latent_kl"] - stats["elbo"]).item(), rel=1e-4)
+        else:
+            estimate = mdmvi.vmd_loss(toy, tokens, canvas, T, rng(seed))
+        samples.append((estimate, *torch.autograd.grad(estimate, parameters, materialize_grads=True)))
+    for draws, value in zip(zip(*samples), expected):
+        assert_mean(torch.stack(draws), value, precision=0.02)
+
+
+class GaussianToy:
+    """One token, and log p(0 | z) = -(w z - y)^2 / 2 - c: z given that token is Gaussian, so the bound can be tight."""
+
+    mask_id, eos_id, latent_dim = 2, 1, 1
+    w, y, c = 1.3, 0.7, 0.2
+    mu, var = w * y / (1 + w * w), 1 / (1 + w * w)  # of z given the token 0
+    log_p = -c - math.log(1 + w * w) / 2 - y * y / (1 + w * w) / 2
+
+    def __call__(self, tokens, z):
+        self.z = z.double()
+        first = -(self.w * self.z - self.y).square() / 2 - self.c
+        return torch.stack((first, (-torch.expm1(first)).log()), -1), torch.zeros(len(tokens), 1, 1)
+
+    def encoder(self, tokens, canvas):
+        return torch.full((len(tokens), 1), self.mu), torch.full((len(tokens), 1), math.log(self.var))
+
+
+def test_vmd_bound_is_tight_where_the_encoder_is_right():
+    toy, tokens, canvas = GaussianToy(), torch.zeros(20000, 1).long(), torch.ones(20000, 1).bool()
+    integral = torch.trapezoid(NORMAL * (-(toy.w * EPSILON - toy.y).square() / 2 - toy.c).exp(), EPSILON).log()
+    assert integral.item() == pytest.approx(toy.log_p, abs=1e-9)
+    normal = lambda mu, var: torch.distributions.Normal(*torch.tensor([mu, var**0.5], dtype=torch.double))
+    prior, right = normal(0.0, 1.0), normal(toy.mu, toy.var)
+    for mu, var in ((toy.mu, toy.var), (toy.mu + 0.3, toy.var), (toy.mu, 2 * toy.var), (toy.mu, toy.var / 2), (0.0, 1.0), (-toy.mu, toy.var)):
+        toy.mu, toy.var, q = mu, var, normal(mu, var)
+        samples = mdmvi.vmd_elbo(toy, None, None, tokens, canvas, 1, TAU, 1, rng(0)).double()
+        gap = torch.distributions.kl_divergence(q, right)  # what an encoder that is not right loses
+        assert_mean(samples, toy.log_p - gap, precision=0.01)
+        # With log q(z) - log p(z) at the z drawn in place of their KL, every sample of the right one is log p(x_0).
+        estimate = samples + torch.distributions.kl_divergence(q, prior) - (q.log_prob(toy.z) - prior.log_prob(toy.z)).squeeze(1)
+        assert (estimate - toy.log_p).abs().max() < 1e-4 if gap == 0 else samples.mean() < toy.log_p - 0.8 * gap < toy.log_p - 0.03
+        losses = torch.stack([mdmvi.vmd_loss(toy, tokens, canvas, 1, rng(seed)) for seed in range(10)])
+        assert_mean(losses, gap - toy.log_p, precision=0.005)
+
+
+def test_paths_of_a_group_share_their_latent():
+    seen, (tokens, canvas) = [], replicate(3, X0, CANVAS)
+
+    class Recorder(LatentToy):
+        def __call__(self, tokens, z):
+            seen.append(z)
+            return super().__call__(tokens, z)
+
+    toy = Recorder()
+    mdmvi.vmd_order_loss(toy, toy.policy, toy.posterior, tokens, canvas, 3, TAU, 8, rng(0))
+    z = seen[0].view(6, 8)
+    assert len(seen) == 1 and (z == z[:, :1]).all() and len(z.unique()) == 6
+
+
+class ShowsLatents:
+    """Notes which z came with which row; a row's number is its first token, in the prompt."""
+
+    mask_id, eos_id, latent_dim = 9999, 0, 2
+
+    def __init__(self):
+        self.seen = {}
+
+    def __call__(self, tokens, z):
+        for row, latent in zip(tokens[:, 0].tolist(), z.tolist()):
+            self.seen.setdefault(row, []).append(tuple(latent))
+        return torch.zeros(*tokens.shape, 3), torch.zeros(*tokens.shape, 1)
+
+
+@pytest.mark.parametrize("strategy", ["learned", "iid", "random", "left_to_right", "top_prob"])
+def test_a_latent_stays_with_its_row(strategy):
+    canvas = torch.rand(40, 6, generator=rng(1)) < torch.linspace(0, 1.2, 40)[:, None]
+    canvas[:, 0] = False
+    tokens, runs = torch.arange(40)[:, None].repeat(1, 6), []
+    for seed, budget in ((0, 6), (0, 6), (0, 2), (1, 6)):
+        model = ShowsLatents()
+        out = mdmvi.generate(model, tokens, canvas, strategy, budget, lambda hidden: hidden.squeeze(-1), 1.0, rng(seed))
+        assert {row: len(seen) for row, seen in model.seen.items()} == {i: n for i, n in enumerate(out.steps.tolist()) if n}
+        assert all(len(set(seen)) == 1 for seen in model.seen.values())
+        runs.append(({row: seen[0] for row, seen in model.seen.items()}, out.tokens.tolist()))
+        assert len({x for z in runs[-1][0].values() for x in z}) == 2 * len(model.seen)
+    assert len(set(out.steps.tolist())) > 2  # rows have left the batch at different times
+    assert runs[0] == runs[1] and runs[0][0] == runs[2][0]  # drawn before the first step: not a matter of the steps
+    assert not set(runs[0][0].values()) & set(runs[3][0].values())
+
+
+def test_distribution_of_tokens_with_a_latent():
+    toy, x0, canvas, probability = LatentToy(seed=5), X0[0].clone(), CANVAS[0], {}
+    for tokens in itertools.product(range(3), repeat=3):
+        x0[canvas] = torch.tensor(tokens)
+        probability[tokens] = exact_vmd(toy, x0, canvas, 1, learned=True)[0].exp().item()
+    out = mdmvi.generate(toy, *replicate(40000, x0[None], canvas[None]), "random", 1, temperature=1.0, generator=rng(0))
+    assert_distribution(list(map(tuple, out.tokens[:, canvas].tolist())), probability)
+
+
+def test_without_a_latent_nothing_changes():
+    shape, tokens = (5, 16, 2, 2, 8, 12, 5, 0), torch.randint(6, (3, 9), generator=rng(0))
+    models, drawn = [], []
+    for options in ({}, {"latent_dim": 0}, {"latent_dim": 2}):
+        torch.manual_seed(0)
+        models.append(mdmvi.Denoiser(mdmvi.ModelConfig(*shape, **options)))
+        drawn.append(torch.rand(1))
+    plain, zero, latent = (model.state_dict() for model in models)
+    assert plain.keys() == zero.keys() and {name.split(".")[0] for name in plain} == {"trunk", "lm_head"}
+    assert all(torch.equal(plain[k], zero[k]) and torch.equal(plain[k], latent[k]) for k in plain) and drawn[0] == drawn[1]
+    assert {name.split(".")[0] for name in latent.keys() - plain.keys()} == {"from_z", "encoder"}
+    outputs = [model(tokens) for model in models] + [models[2](tokens, torch.zeros(3, 2))]
+    assert all(torch.equal(a, b) for output in outputs for a, b in zip(output, outputs[0]))
+    moved = models[2](tokens, torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, -1.0]]))[1] != outputs[0][1]
+    assert moved[[0, 2]].any(-1).all() and not moved[1].any()  # its own row, and every position there
+
+
+def test_latent_encoder():
+    model, (tokens, canvas) = tiny_denoiser(latent_dim=2), problems()
+    tokens, canvas = tokens[10:], canvas[10:]
+    mu, log_var = model.encoder(tokens, canvas)
+    hidden = model.encoder.trunk(tokens)
+    for row in range(len(tokens)):
+        pooled = hidden[row, canvas[row]].mean(0)
+        both = model.encoder.out.weight @ pooled + model.encoder.out.bias
+        assert torch.allclose(torch.cat((mu[row], log_var[row])), both, atol=1e-5)
+    for changed in range(6):  # it reads the prompt as well as the canvas
+        assert (model.encoder(tokens.index_fill(1, torch.tensor([changed]), 4), canvas)[0] != mu).any(1).all()
+
+
+def test_seeds_with_a_latent():
+    model, (tokens, canvas) = tiny_denoiser(latent_dim=2), problems()
+    tokens, canvas = tokens[15:], canvas[15:]
+    rest = mdmvi.UnmaskPolicy(model.config), mdmvi.OrderPosterior(model.config)
+    before = torch.get_rng_state()
+    for f in (
+        lambda g: mdmvi.vmd_loss(model, tokens, canvas, 3, g).item(),
+        lambda g: mdmvi.vmd_order_loss(model, *rest, tokens, canvas, 3, TAU, 2, g)[0].item(),
+        lambda g: mdmvi.vmd_elbo(model, *rest, tokens, canvas, 3, TAU, 1, g).tolist(),
+        lambda g: mdmvi.generate(model, tokens, canvas, "learned", 3, rest[0], 0.0, g).tokens.tolist(),
+    ):
+        assert f(rng(1)) == f(rng(1)) != f(rng(2))
+    assert torch.equal(torch.get_rng_state(), before)  # every draw is from the generator that was given
+
+
+# ---------------------------------------------------------------------------------------------------
 # Tokenizer, tasks and checkers
 # ---------------------------------------------------------------------------------------------------
 
@@ -540,40 +788,260 @@ def test_tokenizer_is_lossless():
     assert tokenizer.decode([0, 200, 255]) is not None  # bytes that are no text
 
 
-@pytest.mark.parametrize("most_items", [2, 3])
+@pytest.mark.parametrize("most_items", [2, 3, 4, 5])
 def test_held_out_problems_are_never_in_the_training_stream(most_items):
-    train_set = eval_gsm8k.arithmetic_problems(20_000, 0, False, most_items)
+    train_set = eval_gsm8k.arithmetic_problems(8000, 0, False, most_items)
     test_set = eval_gsm8k.arithmetic_problems(2000, 1, True, most_items)
-    numbers = lambda problems: {tuple(sorted(p["items"])) for p in problems}
+    numbers = lambda problems: {(p["items"][0], *sorted(p["items"][1:])) for p in problems}
     assert not numbers(train_set) & numbers(test_set)
     assert len({p["question"] for p in test_set}) == 2000
-    assert {len(p["items"]) for p in test_set} == {len(p["items"]) for p in train_set} == set(range(1, most_items + 1))
+    assert all(eval_gsm8k.is_held_out(p["items"]) for p in test_set)  # whatever the order they are told in
+    assert not any(eval_gsm8k.is_held_out(p["items"]) for p in train_set)
+    assert {len(p["items"]) - 1 for p in test_set} == {len(p["items"]) - 1 for p in train_set} == set(range(1, most_items + 1))
     args = train.parse_args(["--items", str(most_items)])
     tokenizer = eval_gsm8k.Tokenizer.build(p["question"] + eval_gsm8k.SEPARATOR + p["answer"] for p in train_set)
     for problems in (train_set, test_set):
         assert all(eval_gsm8k.encode_problems(problems, tokenizer, args.max_len, args.canvas_len)[2])
         assert all(eval_gsm8k.solves_arithmetic(p["answer"], p["items"]) for p in problems)
+    longest = lambda texts: max(len(tokenizer.encode(text)) for text in texts)
+    prompt, answer = longest(p["question"] + eval_gsm8k.SEPARATOR for p in train_set), longest(p["answer"] for p in train_set)
+    assert (prompt + args.canvas_len, answer + 1) == (args.max_len, args.canvas_len)  # one EOS at the least, no room to spare
 
 
-def test_checker_takes_every_valid_order_and_nothing_else():
-    items, solutions, generator = [(2, 3), (3, 4), (2, 7)], set(), random.Random(0)
-    for _ in range(500):
-        solutions.add(eval_gsm8k.arithmetic_solution(items, generator))
-    assert len(solutions) == 12  # 3! orders of the items, two places for the first sum
-    for text in solutions:
-        assert eval_gsm8k.solves_arithmetic(text, items)
-        assert eval_gsm8k.solves_equations(text, "#### 21")
-        for i, c in enumerate(text):  # any one digit changed makes it wrong
-            if c.isdigit():
-                assert not eval_gsm8k.solves_arithmetic(text[:i] + str((int(c) + 1) % 10) + text[i + 1 :], items)
-    for text in ("", "#### 21", "<<2+3=5>> #### 5", "<<2+3=5>> <<2+3=5>> <<3+4=7>> <<5+5=10>> <<10+7=17>> #### 17"):
-        assert not eval_gsm8k.solves_arithmetic(text, items)
-    twice = [(2, 3), (2, 3)]
-    assert eval_gsm8k.solves_arithmetic("<<2+3=5>> <<3+2=5>> <<5+5=10>> #### 10", twice)
-    assert not eval_gsm8k.solves_arithmetic("<<2+3=5>> <<5+5=10>> #### 10", twice)
-    # 5 + 7 is an item and two subtotals at once: read as whichever makes the whole right
-    assert eval_gsm8k.solves_arithmetic("<<2+3=5>> <<3+4=7>> <<5+7=12>> <<5+7=12>> <<12+12=24>> #### 24", [(5, 7), (2, 3), (3, 4)])
-    assert not eval_gsm8k.solves_arithmetic("<<2+3=5>> <<3+4=7>> <<5+7=12>> #### 12", [(5, 7), (2, 3), (3, 4)])
+@pytest.mark.parametrize("k", [1, 2, 3, 4])
+def test_totals_have_one_digit_in_every_order(k):
+    changes = [v for v in range(-9, 10) if v]
+
+    def fits(start, order):
+        return all(0 <= total <= 9 for total in itertools.accumulate((start, *order)))
+
+    found = {(start, *order) for start, *order in eval_gsm8k.possible_problems(k)}
+    assert len(found) == len(eval_gsm8k.possible_problems(k))
+    assert all(fits(start, order) for start, *order in found for order in set(itertools.permutations(order)))
+    if k < 4:  # and no such problem is left out
+        every = itertools.product(range(1, 10), itertools.combinations_with_replacement(changes, k))
+        assert found == {(start, *c) for start, c in every if all(fits(start, order) for order in itertools.permutations(c))}
+
+
+def test_question_tells_the_items():
+    sign = dict(buys=1, finds=1, gets=1, sells=-1, loses=-1, lends=-1)
+    for p in eval_gsm8k.arithmetic_problems(500, 0, False):
+        words = p["question"].replace(",", "").replace(".", "").split()
+        changes = [sign[word] * int(words[i + 1]) for i, word in enumerate(words) if word in sign]
+        assert [int(words[2]), *changes] == p["items"]
+
+
+def test_checker_takes_every_order_and_nothing_else(monkeypatch):
+    items = [4, 2, -3, 1, -1]
+    monkeypatch.setattr(eval_gsm8k, "possible_problems", lambda k: [items])
+    drawn = eval_gsm8k.arithmetic_problems(3000, 0, eval_gsm8k.is_held_out(items), 1)
+    assert_distribution([p["answer"] for p in drawn], {answer: 1 / 24 for answer in {p["answer"] for p in drawn}})  # 4! orders
+    assert len({tuple(p["items"]) for p in drawn}) == 24 and {p["items"][0] for p in drawn} == {4}  # told in any order as well,
+    told = [[int(m) for m in re.findall(r"[+-]\d", p["answer"])] == p["items"][1:] for p in drawn]
+    assert_distribution(told, {True: 1 / 24, False: 23 / 24})  # which says nothing about that of the steps
+    right, wrong, answer = set(), {""}, " #### 3"
+    write = lambda totals, order: [f"<<{a}{'+' if v > 0 else '-'}{abs(v)}={b}>>" for a, v, b in zip(totals, order, totals[1:])]
+    for order in itertools.permutations(items[1:]):
+        totals = list(itertools.accumulate((4, *order)))
+        steps = write(totals, order)
+        text = " ".join(steps) + answer
+        right.add(text)
+        for i in range(5):  # one sum is wrong, or the start, and the rest goes on from it
+            wrong.add(" ".join(write(totals[:i] + [total + 1 for total in totals[i:]], order)) + " #### 4")
+        wrong |= {text[:i] + other + text[i + 1 :] for i, c in enumerate(text) if c not in "<> #" for other in "0123456789+-=" if other != c}
+        wrong |= {" ".join(steps[:i] + steps[i + 1 :]) + answer for i in range(4)}  # a step is missing,
+        wrong |= {" ".join(steps[: i + 1] + steps[i:]) + answer for i in range(4)}  # repeated,
+        wrong |= {" ".join(other) + answer for other in itertools.permutations(steps)}  # or does not go on from the last
+        wrong |= {text + "4", text + " ", text[:-2], " ".join(steps), text.replace("> <", "><"), text + text, answer}
+    assert {p["answer"] for p in drawn} == right and len(wrong - right) > 1000
+    for text in right:
+        assert eval_gsm8k.solves_arithmetic(text, items) and eval_gsm8k.solves_arithmetic(text, [4, *items[:0:-1]])
+        assert eval_gsm8k.solves_equations(text, "#### 3")
+        assert not eval_gsm8k.solves_arithmetic(text, [5, *items[1:]]) and not eval_gsm8k.solves_arithmetic(text, [*items, 1])
+    for text in wrong - right:
+        assert not eval_gsm8k.solves_arithmetic(text, items), text
+    assert eval_gsm8k.solves_arithmetic("<<1+2=3>> <<3+2=5>> #### 5", [1, 2, 2])  # the same change twice
+    assert not eval_gsm8k.solves_arithmetic("<<1+2=3>> #### 3", [1, 2, 2])
+    assert not eval_gsm8k.solves_arithmetic("<<1+4=5>> <<5-1=4>> <<4+1=5>> #### 5", [1, 2, 2])
+
+
+BOXES = {
+    (2, 2): "0011 0011 2233 2233",
+    (2, 3): "000111 000111 222333 222333 444555 444555",
+    (3, 2): "001122 001122 001122 334455 334455 334455",
+    (3, 3): "000111222 000111222 000111222 333444555 333444555 333444555 666777888 666777888 666777888",
+}
+
+
+def legal(text, box):
+    """Each digit once in each row, column and box of a grid of text, rows apart by a line break."""
+    cells, side = text.replace("\n", ""), box[0] * box[1]
+    groups = [[j for j in range(side * side) if j // side == k] for k in range(side)]
+    groups += [[j for j in range(side * side) if j % side == k] for k in range(side)]
+    groups += [[j for j, b in enumerate(BOXES[box].replace(" ", "")) if b == str(k)] for k in range(side)]
+    return all(sorted(cells[j] for j in group) == [str(v) for v in range(1, side + 1)] for group in groups)
+
+
+@functools.cache
+def grids_2x2():
+    """Every grid of 2 x 2 boxes, as text."""
+    rows = ["".join(row) for row in itertools.permutations("1234")]
+    halves = [f"{a}\n{b}" for a in rows for b in rows if len(set(a[:2] + b[:2])) == len(set(a[2:] + b[2:])) == 4]
+    grids = [f"{a}\n{b}" for a in halves for b in halves]
+    return [grid for grid in grids if legal(grid, (2, 2))]
+
+
+def slow_solutions(text, box):
+    """The solutions of a puzzle, cell by cell from a blank with the fewest digits left; only for puzzles with few."""
+    text, side, boxes = text.replace("\n", ""), box[0] * box[1], BOXES[box].replace(" ", "")
+    sees = lambda i, j: i // side == j // side or i % side == j % side or boxes[i] == boxes[j]
+    left = {i: set("123456789"[:side]) - {c for j, c in enumerate(text) if sees(i, j)} for i, c in enumerate(text) if c == "."}
+    if not left:
+        return [text]
+    i = min(left, key=lambda i: len(left[i]))
+    return [found for digit in left[i] for found in slow_solutions(text[:i] + digit + text[i + 1 :], box)]
+
+
+@pytest.mark.parametrize("box", BOXES)
+def test_sudoku_units(box):
+    boxes, side = BOXES[box].replace(" ", ""), box[0] * box[1]
+    expected = [(i // side, side + i % side, 2 * side + int(boxes[i])) for i in range(side * side)]
+    assert eval_gsm8k.sudoku_units(box) == expected
+
+
+def test_sudoku_solver_finds_every_grid():
+    every, empty = grids_2x2(), [0] * 16
+    assert len(every) == 288
+    found = eval_gsm8k.sudoku_solutions(empty, (2, 2), 1000, random.Random(0))
+    assert sorted("".join(map(str, grid)) for grid in found) == sorted(grid.replace("\n", "") for grid in every)
+    assert len(eval_gsm8k.sudoku_solutions(empty, (2, 2), 5)) == 5 and empty == [0] * 16
+    for impossible in ([1, 1] + [0] * 14, [1, 2, 0, 0, 0, 0, 3, 0, 0, 0, 4] + [0] * 5):
+        assert eval_gsm8k.sudoku_solutions(impossible, (2, 2), 5) == []
+
+
+@pytest.mark.parametrize("box, n, base", [((2, 2), 1000, 40), ((2, 3), 40, 20), ((3, 3), 2, 1)])
+def test_sudoku_problems(box, n, base):
+    problems, every = eval_gsm8k.sudoku_problems(n, 1, False, box, base=base), grids_2x2() if box == (2, 2) else ()
+    assert len(problems) == n and problems == eval_gsm8k.sudoku_problems(n, 1, False, box, base=base)
+    fits = lambda puzzle: [grid for grid in every if all(q in (".", c) for q, c in zip(puzzle, grid))]
+    solutions = fits if every else lambda puzzle: slow_solutions(puzzle, box)
+    for p in problems:
+        assert legal(p["answer"], box) and "." in p["question"]
+        assert [s.replace("\n", "") for s in solutions(p["question"])] == [p["answer"].replace("\n", "")]
+    assert len({p["answer"] for p in problems}) > (220 if every else n - 1)  # permuting reaches all of the 288 but the held-out eighth
+    for p in problems[:20] if every else ():  # no clue to spare
+        assert all(len(fits(p["question"][:i] + "." + p["question"][i + 1 :])) > 1 for i, c in enumerate(p["question"]) if c.isdigit())
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """A smaller model, training sets of 300 problems, held-out sets of 40, 20 puzzles dug."""
+    arithmetic, pairs, sudoku = (getattr(eval_gsm8k, f"{name}_problems") for name in ("arithmetic", "pair", "sudoku"))
+    few = lambda n: {60_000: 300, 256: 40}.get(n, n)
+    monkeypatch.setattr(eval_gsm8k, "arithmetic_problems", lambda n, *args: arithmetic(few(n), *args))
+    monkeypatch.setattr(eval_gsm8k, "pair_problems", lambda n, *args: pairs(few(n), *args))
+    monkeypatch.setattr(eval_gsm8k, "sudoku_problems", lambda n, *args, **options: sudoku(few(n), *args, base=20, **options))
+    monkeypatch.setitem(train.SIZES, "small", (1, 2, 16, 32))
+
+
+@pytest.mark.parametrize("box", ["2x2", "2x3"])
+def test_sudoku_sets_share_no_grid(small, box):
+    problems, held_out = train.load_problems(train.parse_args(["--task", "sudoku", "--box", box, "--problems", "300"]))
+    assert (len(problems), len(held_out)) == (300, 300)
+    assert not {p["answer"] for p in problems} & {p["answer"] for p in held_out}
+
+
+def test_scoring_more_sudokus_begins_with_the_same():
+    """What is scored later must be what training left out, whatever --problems says."""
+    about = dict(task="sudoku", box=(2, 2))
+    assert eval_gsm8k.held_out_problems(about, 40)[:20] == eval_gsm8k.held_out_problems(about, 20)
+
+
+def test_solves_sudoku():
+    for p in eval_gsm8k.sudoku_problems(5, 1, True, (2, 2)):
+        for grid in grids_2x2():  # of all the grids there are, only the one that keeps the clues
+            assert eval_gsm8k.solves_sudoku(grid, p) == (grid == p["answer"])
+    for box in ((2, 2), (2, 3)):
+        p = eval_gsm8k.sudoku_problems(1, 3, True, box)[0]
+        text, clue = p["answer"], next(i for i, c in enumerate(p["question"]) if c.isdigit())
+        assert eval_gsm8k.solves_sudoku(text, p)
+        for i, c in enumerate(text):  # a cell or a line break
+            for other in set("0123456789.\n ") - {c}:
+                assert not eval_gsm8k.solves_sudoku(text[:i] + other + text[i + 1 :], p)
+        other = "2" if text[clue] == "1" else "1"
+        swapped = text.translate(str.maketrans(text[clue] + other, other + text[clue]))  # a good grid, but not of these clues
+        assert legal(swapped, box) and not eval_gsm8k.solves_sudoku(swapped, p)
+        for wrong in ("", text[:-1], text + "1", text + "\n", text.replace("\n", ""), p["question"]):
+            assert not eval_gsm8k.solves_sudoku(wrong, p)
+
+
+@pytest.mark.parametrize("box", [(2, 2), (2, 3), (3, 3)])
+def test_sudoku_as_tensors(box):
+    problems, side = eval_gsm8k.sudoku_problems(3, 1, True, box, base=1), box[0] * box[1]
+    args = train.parse_args(["--task", "sudoku", "--box", f"{box[0]}x{box[1]}"])
+    tokenizer = eval_gsm8k.Tokenizer.build([p["question"] + eval_gsm8k.SEPARATOR + p["answer"] for p in problems] * 9)
+    assert args.max_len == 1 + side * side + side - 1
+    clean, canvas, fits = eval_gsm8k.encode_problems(problems, tokenizer, args.max_len, args.canvas_len)
+    blank, same_canvas, _ = eval_gsm8k.encode_problems(problems, tokenizer, args.max_len, args.canvas_len, with_answers=False)
+    assert all(fits) and torch.equal(canvas, same_canvas) and torch.equal(clean[~canvas], blank[~canvas])
+    for p, solved, asked, on in zip(problems, clean, blank, canvas):
+        assert on.tolist() == [False] + [c == "." for c in p["question"]]
+        assert tokenizer.decode(solved.tolist()) == eval_gsm8k.SEPARATOR + p["answer"]
+        assert tokenizer.decode(asked.tolist()) == eval_gsm8k.SEPARATOR + p["question"]  # without a word of the answer
+
+
+def test_a_sudoku_is_scored_as_a_whole_grid():
+    problems = eval_gsm8k.sudoku_problems(3, 1, True, (2, 2))
+    tokenizer = eval_gsm8k.Tokenizer.build([])
+    clean, canvas, _ = eval_gsm8k.encode_problems(problems, tokenizer, 20, 16)
+    clean[1, canvas[1].nonzero()[0]] = tokenizer.eos_id  # one cell of the second one wrong
+
+    def oracle(tokens):
+        assert (tokens == clean)[~canvas].all()  # clues are never masked
+        return F.one_hot(clean.long(), tokenizer.vocab_size).float(), tokens[..., None].float()
+
+    oracle.mask_id, oracle.eos_id = tokenizer.mask_id, tokenizer.eos_id
+    tokens, canvas, _ = eval_gsm8k.encode_problems(problems, tokenizer, 20, 16, with_answers=False)
+    result = eval_gsm8k.attempt(problems, tokenizer, tokens, canvas, "top_prob", 1, oracle)
+    assert result["solved"] == result["answered"] == [True, False, True]
+
+
+class RiggedPairs(torch.nn.Module):
+    """Digits at every position: uniform and independent, or the pair that z picks by the weights of a kind."""
+
+    def __init__(self, tokenizer, kind=None):
+        super().__init__()
+        self.weight, self.kind, self.tokenizer = torch.nn.Parameter(torch.zeros(1)), kind, tokenizer
+        self.mask_id, self.eos_id, self.latent_dim = tokenizer.mask_id, 0, 1 if kind else 0
+        self.digits = torch.tensor([tokenizer.encode(str(digit)) for digit in range(10)]).flatten()
+
+    def forward(self, tokens, z=None):
+        assert (tokens[:, 1:] == self.mask_id).all()  # both in one step
+        logits = torch.full((*tokens.shape, self.tokenizer.vocab_size), -math.inf)
+        if self.kind is None:
+            logits[:, :, self.digits] = 0.0
+            return logits, logits
+        weights = torch.tensor({"d1": [1.0] * 10, "d2": [float(k + 1) for k in range(10)]}[self.kind])
+        first = torch.bucketize(torch.special.ndtr(z[:, 0]), (weights / weights.sum()).cumsum(0)[:-1])
+        for position in (1, 2):
+            logits[torch.arange(len(tokens)), position, self.digits[(first + position - 1) % 10]] = 0.0
+        logits[:, 0, 0] = 0.0
+        return logits, logits
+
+
+@pytest.mark.parametrize("kind, weights", [("d1", [0.1] * 10), ("d2", [k / 55 for k in range(1, 11)])])
+def test_pairs(kind, weights):
+    problems = eval_gsm8k.pair_problems(20_000, 0, kind)
+    assert_distribution([p["answer"] for p in problems], dict(zip("01 12 23 34 45 56 67 78 89 90".split(), weights)))
+    assert {p["question"] for p in problems} == {""} and problems != eval_gsm8k.pair_problems(20_000, 1, kind)
+    tokenizer = eval_gsm8k.Tokenizer.build([])
+    valid, distance = eval_gsm8k.score_pairs(tokenizer, RiggedPairs(tokenizer), kind, 5000)
+    assert abs(valid - 0.1) < 0.02 and abs(distance - 0.9) < 0.02  # 0.1 / 10 in place of a weight, 0.9 on what is no pair
+    valid, distance = eval_gsm8k.score_pairs(tokenizer, RiggedPairs(tokenizer, kind), kind, 5000)
+    assert valid == 1 and distance < 0.035
+    other = {"d1": "d2", "d2": "d1"}[kind]
+    valid, distance = eval_gsm8k.score_pairs(tokenizer, RiggedPairs(tokenizer, other), kind, 5000)
+    assert valid == 1 and abs(distance - sum(abs(0.1 - k / 55) for k in range(1, 11)) / 2) < 0.035
 
 
 @pytest.mark.parametrize(
@@ -676,6 +1144,13 @@ def gsm8k(folder):
     return ["--task", "gsm8k", "--data", folder / "data.jsonl", "--max-len", 64, "--canvas-len", 24, *TINY]
 
 
+@pytest.fixture(scope="module")
+def trained_latent(trained):
+    """The same with a latent, in latent/."""
+    assert run(train, *gsm8k(trained), "--latent-dim", 2, "--out", trained / "latent") == 0
+    return trained / "latent"
+
+
 def tensors(state, prefix=""):
     if isinstance(state, torch.Tensor):
         yield prefix, state
@@ -689,8 +1164,10 @@ def same(first, second):
     return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
 
 
-@pytest.mark.parametrize("at", [3, 8, 13])  # in stage 1, in the baseline, in stage 2
-def test_ctrl_c_saves_and_resuming_equals_not_having_stopped(trained, tmp_path, monkeypatch, capsys, at):
+@pytest.mark.parametrize("at, latent_dim", [(3, 0), (8, 0), (13, 0), (3, 2), (13, 2)])  # in stage 1, in the baseline, in stage 2
+def test_ctrl_c_saves_and_resuming_equals_not_having_stopped(trained, tmp_path, monkeypatch, capsys, request, at, latent_dim):
+    straight = request.getfixturevalue("trained_latent") if latent_dim else trained / "out"
+    flags = *gsm8k(trained), "--latent-dim", latent_dim, "--out", tmp_path
     steps, step = [], train.train_step
 
     def interrupted(*args):
@@ -700,13 +1177,13 @@ def test_ctrl_c_saves_and_resuming_equals_not_having_stopped(trained, tmp_path, 
         return step(*args)
 
     monkeypatch.setattr(train, "train_step", interrupted)
-    assert run(train, *gsm8k(trained), "--out", tmp_path) == 130
+    assert run(train, *flags) == 130
     assert len(steps) == at and "--resume" in capsys.readouterr().err
     with open(tmp_path / "log.jsonl", "a") as file:  # what a kill after the last checkpoint would leave
         file.write('{"stage": "order", "step": 4}\n{"stage": "or')
-    assert run(train, *gsm8k(trained), "--out", tmp_path, "--resume") == 0
-    assert same(tmp_path / "checkpoint.pt", trained / "out" / "checkpoint.pt")
-    assert same(tmp_path / "plain.pt", trained / "out" / "plain.pt")
+    assert run(train, *flags, "--resume") == 0
+    assert same(tmp_path / "checkpoint.pt", straight / "checkpoint.pt")
+    assert same(tmp_path / "plain.pt", straight / "plain.pt")
     logged = [json.loads(line) for line in open(tmp_path / "log.jsonl")]
     assert [(r["stage"], r["step"]) for r in logged] == sorted({(r["stage"], r["step"]) for r in logged}, key=lambda x: (train.STAGES.index(x[0]), x[1]))
 
@@ -784,8 +1261,105 @@ def test_sample_shows_the_order(trained, tmp_path, capsys, monkeypatch):
     assert run(sample, *checkpoint) == 0
 
 
-def test_benchmark_needs_no_data(capsys):
-    assert run(train, "--benchmark", "--order-batch", 1, "--paths", 2, "--max-len", 12, "--canvas-len", 6) == 0
+def test_scripts_with_a_latent(trained, trained_latent, capsys):
+    checkpoint, budget = ["--checkpoint", trained_latent / "checkpoint.pt"], ["--budget", 3]
+    assert run(eval_gsm8k, *checkpoint, *budget, "--data", trained / "data.jsonl", "--problems", 6, "--strategies", "iid") == 0
+    assert run(sample, ROWS[0]["question"], *checkpoint, *budget, "--strategy", "learned", "random") == 0
+    printed = capsys.readouterr().out
+    assert "iid @Max" in printed and "random, 3 steps" in printed
+    before, after = (torch.load(trained_latent / name, weights_only=True) for name in ("plain.pt", "checkpoint.pt"))
+    torch.manual_seed(0)
+    first = mdmvi.Denoiser(mdmvi.ModelConfig(**after["config"])).state_dict()
+    for one, other in ((first, before["denoiser"]), (before["denoiser"], before["plain"]), (before["denoiser"], after["denoiser"])):
+        assert not any(torch.equal(one[name], other[name]) for name in ("encoder.out.weight", "from_z.weight"))  # every stage trains them
+    logged = [json.loads(line) for line in open(trained_latent / "log.jsonl")]
+    assert all(("latent_kl" in row) == (row["stage"] == "order") for row in logged)
+
+
+def without_speed(table):
+    """The lines of a printed table but for the problems a second: what every run should agree on."""
+    lines = [line for line in table.split("\n") if line.startswith(("method", *mdmvi.STRATEGIES)) and "[" in line]
+    return [" ".join(line.split()[:-1]) for line in lines]
+
+
+@pytest.mark.parametrize("flags", ["arithmetic --items 2 --latent-dim 1", "sudoku --box 2x2", "sudoku --box 2x2 --order-steps 0"])
+def test_embedded_tasks_end_to_end(small, tmp_path, monkeypatch, capsys, flags):
+    bounds = []
+    for name in ("order_elbo", "vmd_elbo"):
+        monkeypatch.setattr(mdmvi, name, lambda *args, name=name, bound=getattr(mdmvi, name): bounds.append(name) or bound(*args))
+    assert run(train, *TINY, "--no-baseline", "--budget", 3, "--task", *flags.split(), "--problems", 20, "--out", tmp_path) == 0
+    printed, rows = capsys.readouterr().out, json.loads((tmp_path / "results.json").read_text())
+    sudoku, learned = "sudoku" in flags, "--order-steps 0" not in flags
+    assert bounds[0] == ("vmd_elbo" if "latent" in flags else "order_elbo")
+    assert ("learned order   " in printed) == learned == any(r["strategy"] == "learned" for r in rows)
+    most = max(r["budget"] for r in rows)
+    single = [r for r in rows if r["budget"] == most and r["match"] == "own"] if sudoku else []
+    assert [r["strategy"] for r in single if not r["eos_aware"]] == [rule for rule in mdmvi.STRATEGIES if rule != "learned"] * sudoku
+    assert all(most >= 10 and r["max_steps"] == most for r in single if r["strategy"] == "left_to_right")  # one cell a step
+    assert len(rows) == (11 * sudoku + (23 if learned else 11)) and all(r["problems"] == 20 for r in rows)
+    assert ("items  problems" in printed) == (not sudoku)
+    assert run(eval_gsm8k, "--checkpoint", tmp_path / "checkpoint.pt", "--problems", 20, *["--single"] * sudoku) == 0
+    assert without_speed(capsys.readouterr().out) == without_speed(printed) and len(without_speed(printed)) == len(rows) + 1
+    puzzle, shown = "1...\n..2.\n.3..\n...4", ["--checkpoint", tmp_path / "checkpoint.pt", "--strategy", "iid", "--html", tmp_path / "o.html"]
+    assert run(sample, puzzle if sudoku else "Ann has 5 pens.", *shown) == 0
+    assert (tmp_path / "o.html").read_text().count("data-step=") == (12 if sudoku else 15)  # blanks, or the canvas of two items
+    capsys.readouterr()
+    if sudoku:
+        for wrong in ("1...", puzzle + "\n....", puzzle.replace("2", "5"), puzzle.replace("\n", " ")):
+            assert run(sample, wrong, *shown) == 2
+            assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "flags, name",
+    [("--pairs d1", "plain MDM"), ("--pairs d2 --latent-dim 2", "VMD, 2 latent dimensions"), ("--latent-dim 1 --order-steps 2", "VMD, 1")],
+)
+def test_pairs_end_to_end(small, tmp_path, capsys, flags, name):
+    assert run(train, "--task", "pairs", "--steps", 3, "--order-batch", 2, *flags.split(), "--out", tmp_path) == 0
+    printed = capsys.readouterr().out
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert state["stage"] == "done" and state["pairs"] == ("d2" if "d2" in flags else "d1") and f"({state['pairs']})" in printed and name in printed
+    assert run(eval_gsm8k, "--checkpoint", tmp_path / "checkpoint.pt") == 0
+    again = capsys.readouterr().out
+    assert again.startswith("\n10,000 pairs") and printed.endswith(again)
+    assert run(sample, "", "--checkpoint", tmp_path / "checkpoint.pt", "--strategy", "random") == 0
+    assert "random, 1 steps" in capsys.readouterr().out
+
+
+def test_stage_1_only(trained, tmp_path, capsys):
+    assert run(train, *gsm8k(trained), "--order-steps", 0, "--out", tmp_path) == 0
+    assert not (tmp_path / "plain.pt").exists() and {json.loads(line)["stage"] for line in open(tmp_path / "log.jsonl")} == {"plain"}
+    assert "learned" not in capsys.readouterr().out
+    checkpoint = ["--checkpoint", tmp_path / "checkpoint.pt"]
+    args = "--problems", 6, "--budget", 2, 4, "--strategies", "iid", "top_prob+eos", "--json", tmp_path / "rows.json"
+    assert run(eval_gsm8k, *checkpoint, "--data", trained / "data.jsonl", *args) == 0
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [(r["strategy"], r["budget"], r["match"], r["model"], r["p_value"]) for r in rows] == [
+        (rule, budget, "own", "plain", None) for budget in (2, 4) for rule in ("iid", "top_prob")
+    ]
+    assert run(sample, ROWS[0]["question"], *checkpoint, "--strategy", "iid", "left_to_right") == 0
+    capsys.readouterr()
+    for strategy in ([], ["--strategy", "iid", "learned"]):
+        assert run(sample, ROWS[0]["question"], *checkpoint, *strategy) == 2
+        shown = capsys.readouterr()
+        assert shown.err.count("\n") == 1 and "no learned order" in shown.err and not shown.out
+
+
+@pytest.mark.parametrize("task", train.DEFAULTS)
+def test_defaults_of_each_task(task):
+    needed = ["--task", task, *["--data", "x"] * (task == "gsm8k")]
+    args, given = vars(train.parse_args(needed)), {name: value + 1 for name, value in train.DEFAULTS[task].items()}
+    assert {name: args[name] for name in given} == train.DEFAULTS[task]
+    flags = [part for name, value in given.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    changed = vars(train.parse_args(needed + flags))
+    assert {name: changed[name] for name in given} == given
+    assert all(set(values) == set(given) for values in train.DEFAULTS.values())
+    assert vars(train.parse_args(needed + ["--order-steps", "0"]))["order_steps"] == 0  # 0 is an answer, not a flag left out
+
+
+@pytest.mark.parametrize("flags", [[], ["--latent-dim", 2]])
+def test_benchmark_needs_no_data(small, capsys, flags):
+    assert run(train, "--benchmark", "--order-batch", 1, "--paths", 2, "--max-len", 12, "--canvas-len", 6, *flags) == 0
     printed = capsys.readouterr().out
     assert "ratio to plain" in printed and "peak memory" in printed
 
@@ -873,7 +1447,12 @@ BAD = [
     (train, "--task gsm8k", "needs --data"),
     (train, "--budget 0", "--budget is 0"),
     (train, "--tau 0", "--tau is 0"),
-    (train, "--items 9", "--items is 9"),
+    (train, "--items 6", "--items is 6"),
+    *((train, f"--task sudoku --box {box}", "--box is") for box in ("3", "2x", "axb", "0x3", "1x1", "4x4", "2x3x1")),
+    (train, "--latent-dim -1", "--latent-dim"),
+    (train, "--order-steps -1", "--order-steps"),
+    (train, "--pairs d3", "invalid choice: 'd3'"),
+    (train, "--task gsm8k --data DATA --max-len 64 --canvas-len 24 --latent-dim 2 --out OUT --resume", "has config"),
     (train, "--device gpu", "--device gpu is not there"),
     (sample, "hello --device cuda:77", "--device cuda:77 is not there"),
     (train, "--task gsm8k --data DATA --max-len 64 --canvas-len 24 --size 170m --init no.st --tokenizer none/no --out new", "cannot read"),

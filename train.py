@@ -2,6 +2,8 @@
 
     python train.py                                        # embedded task, CPU, minutes
     python train.py --task gsm8k --data openai/gsm8k       # or a local .jsonl(.gz|.xz) file or folder
+    python train.py --task sudoku                          # adaptive inference, 6x6 grids
+    python train.py --task pairs --latent-dim 2            # variational masked diffusion, two tokens
     python train.py --resume                               # go on from out/checkpoint.pt
     python train.py --start out/plain.pt --budget 10 --out out10    # stage 2 only, for another budget
     python train.py --benchmark                            # speed and memory; no data needed
@@ -15,6 +17,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -29,18 +32,29 @@ import mdmvi
 from eval_gsm8k import UserError
 
 #           layers, heads, width, hidden
-SIZES = {"small": (3, 4, 96, 256), "6m": (8, 8, 256, 680), "170m": (18, 12, 768, 3072)}
+SIZES = {"tiny": (2, 2, 64, 128), "small": (4, 4, 96, 256), "6m": (8, 8, 256, 680), "170m": (18, 12, 768, 3072)}
 STAGES = ("plain", "baseline", "order")
+# What differs between the tasks where a flag is not given
+DEFAULTS = {
+    "arithmetic": dict(steps=3000, batch=32, lr=6e-3, order_steps=800, budget=5),
+    "gsm8k": dict(steps=3000, batch=32, lr=6e-3, order_steps=800, budget=5),
+    "sudoku": dict(steps=6000, batch=32, lr=4e-3, order_steps=600, budget=9),
+    "pairs": dict(steps=2000, batch=64, lr=4e-3, order_steps=0, budget=1),
+}
 BF16_PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12, "3090": 71e12}  # dense FLOP/s
 
 
 def parse_args(argv=None):
     parser = eval_gsm8k.Parser(__doc__)
     add = parser.add_argument
-    add("--task", default="arithmetic", help="arithmetic (embedded, no download) or gsm8k (needs --data)")
+    by_task = lambda name: "default: " + ", ".join(f"{task} {values[name]:g}" for task, values in DEFAULTS.items())
+    add("--task", default="arithmetic", help="arithmetic, sudoku, pairs (embedded, no download) or gsm8k (needs --data)")
     add("--data", help="gsm8k: a .json/.jsonl(.gz/.xz) file, a folder of them, or a hub name")
     add("--answers", default="equations", choices=("equations", "full"), help="gsm8k: only the <<...>> notes, or the whole solution")
-    add("--items", type=int, default=2, help="arithmetic: problems of 1 to so many items")
+    add("--items", type=int, default=3, help="arithmetic: problems of 1 to so many changes")
+    add("--box", default="2x3", help="sudoku: rows x columns of a box; 3x3 is the 9x9 grid")
+    add("--pairs", default="d1", choices=eval_gsm8k.PAIRS, help="pairs: weights of the ten pairs, d1 uniform, d2 rising")
+    add("--latent-dim", type=int, default=0, help="dimensions of a latent shared by all tokens, trained for generation in --budget steps (0: none)")
     add("--out", default="out", help="folder for checkpoint.pt, log.jsonl and results.json")
     add("--resume", action="store_true", help="go on from OUT/checkpoint.pt")
     add("--start", metavar="FILE", help="take stage 1 and the baseline from the plain.pt of another run, train stage 2 only")
@@ -50,15 +64,16 @@ def parse_args(argv=None):
     add("--tokenizer", metavar="FILE", help="with --init: its tokenizer.json (default: TinyLlama's from the hub)")
     add("--max-len", type=int, help="tokens in prompt and canvas together (default: as arithmetic needs, 256 for gsm8k)")
     add("--canvas-len", type=int, help="tokens in the canvas (default: as arithmetic needs, 96 for gsm8k)")
-    add("--steps", type=int, default=3500, help="stage 1: plain steps")
-    add("--batch", type=int, default=16, help="stage 1: sequences a step")
-    add("--lr", type=float, default=4e-3, help="stage 1: peak learning rate")
-    add("--order-steps", type=int, default=800, help="stage 2: steps; the baseline sees as many sequences")
+    add("--steps", type=int, help=f"stage 1: plain steps ({by_task('steps')})")
+    add("--batch", type=int, help=f"stage 1: sequences a step ({by_task('batch')})")
+    add("--lr", type=float, help=f"stage 1: peak learning rate ({by_task('lr')})")
+    add("--order-steps", type=int, help=f"stage 2: steps; the baseline sees as many sequences; 0: stage 1 only ({by_task('order_steps')})")
     add("--order-batch", type=int, default=8, help="stage 2: problems a step")
     add("--paths", type=int, default=8, help="stage 2: paths a problem (K)")
     add("--order-lr", type=float, default=1e-3, help="stage 2 and baseline: peak learning rate of the denoiser")
-    add("--head-lr", type=float, default=3e-3, help="stage 2: peak learning rate of policy and posterior")
-    add("--budget", type=int, default=5, help="stage 2: steps of generation (T)")
+    add("--head-lr", type=float, default=3e-3, help="stage 2: peak learning rate of the policy")
+    add("--posterior-lr", type=float, default=1e-2, help="stage 2: peak learning rate of the posterior")
+    add("--budget", type=int, help=f"stage 2: steps of generation (T) ({by_task('budget')})")
     add("--tau", type=float, default=0.1, help="stage 2: temperature of the posterior")
     add("--optimizer", default="muon", choices=("muon", "adamw"), help="muon: Muon for the blocks' matrices, AdamW for the rest")
     add("--freeze-denoiser", action="store_true", help="stage 2: train the policy and the posterior only")
@@ -70,24 +85,38 @@ def parse_args(argv=None):
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the denoiser (default: on CUDA only)")
     add("--benchmark", action="store_true", help="time both stages and the samplers on random tokens, then stop")
     args = parser.parse_args(argv)
+    if args.task not in DEFAULTS:
+        raise UserError(f"unknown task {args.task!r}: choose from {', '.join(DEFAULTS)}")
+    for name, value in DEFAULTS[args.task].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     for name in ("budget", "order_batch", "batch", "paths", "accumulate", "save_every"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be at least 1")
     eval_gsm8k.check_device(args.device)
     if not args.tau > 0:
         raise UserError(f"--tau is {args.tau}: it must be above 0")
-    if args.task not in ("arithmetic", "gsm8k"):
-        raise UserError(f"unknown task {args.task!r}: choose arithmetic or gsm8k")
     if args.task == "gsm8k" and not args.data and not args.benchmark:
         raise UserError("--task gsm8k needs --data: a file, a folder, or a hub name like openai/gsm8k")
     if args.batch % args.accumulate or args.order_batch % args.accumulate:
         raise UserError(f"--accumulate {args.accumulate} must divide --batch {args.batch} and --order-batch {args.order_batch}")
-    if not 1 <= args.items <= 4:
-        raise UserError(f"--items is {args.items}: choose 1 to 4")
-    # An item takes 7 tokens of the prompt and, with its sum, 14 of the canvas.
-    arithmetic = args.task == "arithmetic"
-    args.canvas_len = args.canvas_len or (14 * args.items - 5 if arithmetic else 96)
-    args.max_len = args.max_len or (10 + 7 * args.items + args.canvas_len if arithmetic else 256)
+    if not 1 <= args.items <= 5:
+        raise UserError(f"--items is {args.items}: choose 1 to 5")
+    if not re.fullmatch("[1-9]x[1-9]", args.box) or not 4 <= int(args.box[0]) * int(args.box[2]) <= 9:
+        raise UserError(f"--box is {args.box}: give ROWSxCOLUMNS of a box of 4 to 9 cells, 2x3 or 3x3, say")
+    args.box = int(args.box[0]), int(args.box[2])
+    side = args.box[0] * args.box[1]
+    if args.latent_dim < 0 or args.order_steps < 0:
+        raise UserError("--latent-dim and --order-steps must be at least 0")
+    if args.task in ("sudoku", "pairs") and (args.init or args.max_len or args.canvas_len):
+        raise UserError(f"--init, --max-len and --canvas-len do not go with --task {args.task}, whose layout is fixed: leave them out")
+    if args.init and args.latent_dim:
+        raise UserError("--init and --latent-dim do not go together: the published checkpoint has no latent")
+    # A change takes 3 tokens of the prompt and 6 of the canvas; rows of a grid are parted by a token.
+    canvas = {"arithmetic": 6 * args.items + 3, "gsm8k": 96, "sudoku": side * side, "pairs": 2}[args.task]
+    args.canvas_len = args.canvas_len or canvas
+    prompt = {"arithmetic": 15 + 3 * args.items, "gsm8k": 160, "sudoku": side, "pairs": 1}[args.task]
+    args.max_len = args.max_len or prompt + args.canvas_len
     if args.compile is None:
         args.compile = args.device.startswith("cuda")
     return args
@@ -100,9 +129,14 @@ def parse_args(argv=None):
 
 def load_problems(args):
     """(training problems, held-out problems), never overlapping."""
+    if args.task != "gsm8k":
+        held_out = eval_gsm8k.held_out_problems(vars(args), max(args.problems, 256))
     if args.task == "arithmetic":
-        train = eval_gsm8k.arithmetic_problems(60_000, args.seed, False, args.items)
-        return train, eval_gsm8k.arithmetic_problems(max(args.problems, 256), 1, True, args.items)
+        return eval_gsm8k.arithmetic_problems(60_000, args.seed, False, args.items), held_out
+    if args.task == "sudoku":
+        return eval_gsm8k.sudoku_problems(60_000, 2 + args.seed, False, args.box), held_out
+    if args.task == "pairs":
+        return eval_gsm8k.pair_problems(60_000, args.seed, args.pairs), held_out
     problems = eval_gsm8k.load_gsm8k(args.data, args.answers)
     held_out = min(max(args.problems, 256), len(problems) // 10)
     if held_out == 0:
@@ -135,7 +169,7 @@ class Run:
         self.args, self.device, self.tokenizer = args, torch.device(args.device), tokenizer
         self.config = mdmvi.ModelConfig(
             tokenizer.vocab_size, args.max_len, n_layer, n_head, n_embd, n_hidden,
-            tokenizer.mask_id, tokenizer.eos_id, rope_bf16=args.init is not None,
+            tokenizer.mask_id, tokenizer.eos_id, rope_bf16=args.init is not None, latent_dim=args.latent_dim,
         )  # fmt: skip
         torch.manual_seed(args.seed)
         self.denoiser = mdmvi.Denoiser(self.config).to(self.device)
@@ -151,7 +185,8 @@ class Run:
         """New policy and posterior, as stage 2 starts with them."""
         torch.manual_seed(self.args.seed)
         self.policy = mdmvi.UnmaskPolicy(self.config).to(self.device)
-        lean = 2 * self.args.tau * self.args.budget / self.args.canvas_len  # about two thirds of canvas / T a step
+        # A grid has no left to right, and the easy cells first is a good start there.
+        lean = 0.0 if self.args.task == "sudoku" else 2 * self.args.tau * self.args.budget / self.args.canvas_len  # about two thirds of canvas / T a step
         self.posterior = mdmvi.OrderPosterior(self.config, lean=lean).to(self.device).start_from(self.denoiser)
 
     def copy_plain(self):
@@ -163,7 +198,8 @@ class Run:
         """Write to a temporary file and rename: a kill at any moment leaves a whole checkpoint behind."""
         state = {
             "program": "mdmvi", "task": self.args.task, "answers": self.args.answers,
-            "canvas_len": self.args.canvas_len, "items": self.args.items, "budget": self.args.budget, "tau": self.args.tau, "seed": self.args.seed,
+            "canvas_len": self.args.canvas_len, "items": self.args.items, "box": self.args.box, "pairs": self.args.pairs,
+            "budget": self.args.budget, "tau": self.args.tau, "seed": self.args.seed, "order_steps": self.args.order_steps,
             "config": asdict(self.config), "tokenizer": self.tokenizer.pieces,
             "denoiser": self.denoiser.state_dict(), "policy": self.policy.state_dict(),
             "posterior": self.posterior.state_dict(), "plain": self.plain.state_dict() if self.plain else None,
@@ -175,9 +211,11 @@ class Run:
 
     def load(self, path):
         state = eval_gsm8k.load_checkpoint(path, self.device)
-        for name, here in (("task", self.args.task), ("answers", self.args.answers), ("canvas_len", self.args.canvas_len), ("config", asdict(self.config))):
+        for name, here in (("task", self.args.task), ("answers", self.args.answers), ("items", self.args.items), ("box", self.args.box), ("pairs", self.args.pairs), ("canvas_len", self.args.canvas_len), ("config", asdict(self.config))):
             if state[name] != here:
                 raise UserError(f"{path} has {name} {state[name]}, this run has {here}: give the flags it was trained with, or another --out")
+        if state["stage"] == "done" and not state["order_steps"] and self.args.order_steps:
+            raise UserError(f"{path} ended after stage 1 (--order-steps 0): train stages 1 and 2 together in another --out")
         if state["tokenizer"] != self.tokenizer.pieces:
             raise UserError(f"{path} has another vocabulary than this data gives: give the --data it was trained with")
         if state["plain"] is not None:
@@ -269,6 +307,12 @@ def share_of_peak(step, steps):
     return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
 
 
+def share_of_posterior(step, steps):
+    """The posterior waits for a tenth of stage 2, and needs another to come up to speed: until the policy can
+    follow it, it would only learn to be easy to follow."""
+    return share_of_peak(step, steps) * min(1.0, max(0.0, 10 * step / steps - 1))
+
+
 def autocast(device):
     return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
 
@@ -293,17 +337,22 @@ def stage_setup(run, stage):
     if stage == "order":
         denoiser = compiled(run.denoiser, args)
         run.denoiser.requires_grad_(not args.freeze_denoiser)
-        modules = {run.policy: args.head_lr, run.posterior: args.head_lr}
+        modules = {run.policy: args.head_lr, run.posterior: args.posterior_lr}
         if not args.freeze_denoiser:
             modules[run.denoiser] = args.order_lr
 
+        order_loss = mdmvi.vmd_order_loss if args.latent_dim else mdmvi.order_loss
+
         def loss(tokens, canvas):
-            return mdmvi.order_loss(denoiser, run.policy, run.posterior, tokens, canvas, args.budget, args.tau, args.paths, g)
+            return order_loss(denoiser, run.policy, run.posterior, tokens, canvas, args.budget, args.tau, args.paths, g)
 
         return modules, args.order_steps, args.order_batch, loss
     model = run.denoiser if stage == "plain" else run.plain
     denoiser = compiled(model, args)
-    loss = lambda tokens, canvas: (mdmvi.mdm_loss(denoiser, tokens, canvas, g), {})
+    if args.latent_dim:
+        loss = lambda tokens, canvas: (mdmvi.vmd_loss(denoiser, tokens, canvas, args.budget, g), {})
+    else:
+        loss = lambda tokens, canvas: (mdmvi.mdm_loss(denoiser, tokens, canvas, g), {})
     if stage == "plain":
         return {model: args.lr}, args.steps, args.batch, loss
     return {model: args.order_lr}, args.order_steps, args.order_batch * args.paths, loss
@@ -317,10 +366,11 @@ def make_optimizers(modules, args):
     """
     matrices, rest = [], []
     for module, peak in modules.items():
+        late = isinstance(module, mdmvi.OrderPosterior)
         in_block = lambda name, p: args.optimizer == "muon" and p.dim() == 2 and "blocks." in name
         named = list(module.named_parameters())
-        rest.append({"params": [p for name, p in named if not in_block(name, p)], "peak": peak})
-        matrices.append({"params": [p for name, p in named if in_block(name, p)], "peak": peak})
+        rest.append({"params": [p for name, p in named if not in_block(name, p)], "peak": peak, "late": late})
+        matrices.append({"params": [p for name, p in named if in_block(name, p)], "peak": peak, "late": late})
     optimizers = [torch.optim.AdamW(rest, betas=(0.9, 0.95), weight_decay=0.1, fused=args.device.startswith("cuda"))]
     matrices = [group for group in matrices if group["params"]]
     if matrices:
@@ -328,8 +378,8 @@ def make_optimizers(modules, args):
     return optimizers
 
 
-def train_step(optimizers, share, loss_of, tokens, canvas, batch, accumulate, generator):
-    """One step on `batch` random problems at a share of the peak learning rates.
+def train_step(optimizers, share, late_share, loss_of, tokens, canvas, batch, accumulate, generator):
+    """One step on `batch` random problems at a share of the peak learning rates (`late_share` the posterior's).
 
     Returns (loss, stats), both still on the device.
     """
@@ -343,7 +393,7 @@ def train_step(optimizers, share, loss_of, tokens, canvas, batch, accumulate, ge
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     torch.nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], 1.0)
     for group in groups:
-        group["lr"] = share * group["peak"]
+        group["lr"] = group["peak"] * (late_share if group["late"] else share)
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -362,8 +412,8 @@ def train_stage(run, stage, tokens, canvas, stop, log):
     total, since, began = 0.0, 0, time.perf_counter()
     bar = tqdm(total=steps, initial=run.step, desc=stage, unit="step", dynamic_ncols=True, mininterval=1.0)
     while run.step < steps:
-        share = share_of_peak(run.step, steps)
-        loss, stats = train_step(optimizers, share, loss_of, tokens, canvas, batch, args.accumulate, run.generator)
+        share, late_share = share_of_peak(run.step, steps), share_of_posterior(run.step, steps)
+        loss, stats = train_step(optimizers, share, late_share, loss_of, tokens, canvas, batch, args.accumulate, run.generator)
         total, since = total + loss, since + 1
         run.step += 1
         bar.update()
@@ -410,7 +460,8 @@ def train(run, tokens, canvas, stop):
         while run.stage != "done":
             stage = run.stage
             train_stage(run, stage, tokens, canvas, stop, log)
-            run.stage, run.step = {"plain": "order" if args.no_baseline else "baseline", "baseline": "order", "order": "done"}[stage], 0
+            after_plain = "done" if args.order_steps == 0 else "order" if args.no_baseline else "baseline"
+            run.stage, run.step = {"plain": after_plain, "baseline": "order", "order": "done"}[stage], 0
             if run.stage == "baseline":
                 run.copy_plain()
             if run.stage == "order":
@@ -422,21 +473,29 @@ def train(run, tokens, canvas, stop):
 def report(run, problems):
     """Print the bounds and the table, write results.json."""
     args = run.args
+    if args.task == "pairs":
+        return eval_gsm8k.print_pairs(run.tokenizer, run.denoiser, args.pairs, Path(args.out, "results.json"))
     tokens, canvas, fits = eval_gsm8k.encode_problems(problems, run.tokenizer, args.max_len, args.canvas_len)
     denoiser, policy, posterior, plain = run.models()
     x, on = tokens[fits][:256].long().to(run.device), canvas[fits][:256].to(run.device)
     generator = torch.Generator(run.device).manual_seed(args.seed)
-    bound = lambda *models: float(mdmvi.order_elbo(*models, x, on, args.budget, args.tau, 4, generator).sum() / on.sum())
+    elbo = mdmvi.vmd_elbo if args.latent_dim else mdmvi.order_elbo
+    bound = lambda *models: float(elbo(*models, x, on, args.budget, args.tau, 4, generator).sum() / on.sum())
     print(f"\nELBO at T={args.budget}, nats per canvas token, {len(x)} held-out problems, 4 paths each:")
-    print(f"  learned order                      {bound(denoiser, policy, posterior):.4f}")
+    if args.order_steps:
+        print(f"  learned order                      {bound(denoiser, policy, posterior):.4f}")
     print(f"  uniform random order, same model   {bound(denoiser, None, None):.4f}")
     if plain is not None:
         print(f"  uniform random order, plain model  {bound(plain, None, None):.4f}")
     if args.problems == 0:
         return
     problems = problems[: args.problems]
-    tokens, canvas, _ = eval_gsm8k.encode_problems(problems, run.tokenizer, args.max_len, args.canvas_len)
-    eval_gsm8k.print_scores(problems, run.tokenizer, tokens.to(run.device), canvas.to(run.device), run.models(), [args.budget], json_file=Path(args.out, "results.json"))
+    tokens, canvas, _ = eval_gsm8k.encode_problems(problems, run.tokenizer, args.max_len, args.canvas_len, with_answers=False)
+    models = denoiser, policy if args.order_steps else None, posterior, plain
+    eval_gsm8k.print_scores(
+        problems, run.tokenizer, tokens.to(run.device), canvas.to(run.device), models, [args.budget],
+        single=args.task == "sudoku", json_file=Path(args.out, "results.json"),
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -469,7 +528,7 @@ def benchmark(args, repeats=5):
     for stage in ("baseline", "order"):  # the baseline's batch is as many plain sequences as an order step has
         modules, _, batch, loss_of = stage_setup(run, stage)
         optimizers = make_optimizers(modules, args)
-        steps[stage] = lambda o=optimizers, f=loss_of, b=batch: train_step(o, 0.01, f, tokens, canvas, b, args.accumulate, g)
+        steps[stage] = lambda o=optimizers, f=loss_of, b=batch: train_step(o, 0.01, 0.01, f, tokens, canvas, b, args.accumulate, g)
         seconds_of(steps[stage], run.device, 2)
     times = {stage: [] for stage in steps}
     for _ in range(repeats):  # in turn, so that both meet the same machine

@@ -272,12 +272,12 @@ def pair_problems(n, seed, kind):
     return [{"question": "", "answer": f"{k}{(k + 1) % 10}"} for k in first]
 
 
-def score_pairs(tokenizer, denoiser, kind, n=10_000, seed=0):
+def score_pairs(tokenizer, denoiser, kind, temperature=1.0, n=10_000, seed=0):
     """Both tokens drawn in one step, n times: (share of valid pairs, total variation from the true frequencies)."""
     device = next(denoiser.parameters()).device
     tokens, canvas, _ = encode_problems(pair_problems(n, 0, kind), tokenizer, 3, 2, with_answers=False)
     generator = torch.Generator(device).manual_seed(seed)
-    out = mdmvi.generate(denoiser, tokens.long().to(device), canvas.to(device), "random", 1, temperature=1.0, generator=generator)
+    out = mdmvi.generate(denoiser, tokens.long().to(device), canvas.to(device), "random", 1, temperature=temperature, generator=generator)
     count = Counter(answer_text(tokenizer, row, on) for row, on in zip(out.tokens.cpu(), canvas))
     truth = {f"{k}{(k + 1) % 10}": w / sum(PAIRS[kind]) for k, w in enumerate(PAIRS[kind])}
     distance = sum(abs(count[pair] / n - truth.get(pair, 0)) for pair in truth.keys() | count.keys()) / 2
@@ -624,12 +624,16 @@ def print_scores(problems, tokenizer, tokens, canvas, models, budgets, rules=Non
 
 
 def print_pairs(tokenizer, denoiser, kind, json_file=None):
-    valid, distance = score_pairs(tokenizer, denoiser, kind)
+    """Table of `score_pairs`; at temperature 0 all chance lies in the latent, and a plain model has none."""
     model = f"VMD, {denoiser.latent_dim} latent dimensions" if denoiser.latent_dim else "plain MDM"
-    print(f"\n10,000 pairs ({kind}), both tokens in one step\n\nmodel                     valid pairs %  total variation from the truth")
-    print(f"{model:24s}  {100 * valid:13.1f}  {distance:30.3f}")
+    print(f"\n10,000 pairs ({kind}), both tokens in one step\n\nmodel                     temperature  valid pairs %  total variation from the truth")
+    rows = []
+    for temperature in (1.0, 0.0) if denoiser.latent_dim else (1.0,):
+        valid, distance = score_pairs(tokenizer, denoiser, kind, temperature)
+        rows.append({"pairs": kind, "latent_dim": denoiser.latent_dim, "temperature": temperature, "valid": valid, "distance": distance})
+        print(f"{model:24s}  {temperature:11.1f}  {100 * valid:13.1f}  {distance:30.3f}")
     if json_file:
-        write_file(json_file, json.dumps({"pairs": kind, "latent_dim": denoiser.latent_dim, "valid": valid, "distance": distance}) + "\n")
+        write_file(json_file, json.dumps(rows, indent=1) + "\n")
 
 
 def write_file(path, text):

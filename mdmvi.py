@@ -181,19 +181,21 @@ class OrderPosterior(nn.Module):
     """log alpha_phi(c, x_0): clean tokens int64 [B, N] -> log_alpha [B, N], below 0.
 
     n_layer: depth of its own trunk (default: 2, or the denoiser's depth if that is less).
-    lean: the order that training starts from is loosely left to right: the score falls by `lean` with each
-    token, and the EOS tail counts as one. About tau / lean tokens are revealed in a step. (Scores that are
-    all alike reveal everything at once, and from there training only learns to put off what is uncertain.)
+    block, gap: the order that training starts from goes left to right, `block` tokens a step, by scores that
+    fall by `gap` from one block to the next (several tau; 0: all scores start alike). Blocks are counted from
+    the last token that is not EOS, and the EOS tail comes with the last block. Scores that start all alike
+    reveal everything at once, and from there training mostly learns to put off what is uncertain.
     """
 
-    def __init__(self, config, n_layer=None, lean=0.03):
+    def __init__(self, config, n_layer=None, block=4.0, gap=0.4):
         super().__init__()
         self.trunk = Trunk(config, min(2, config.n_layer) if n_layer is None else n_layer)
         self.score = nn.Linear(config.n_embd, 1)
         nn.init.normal_(self.score.weight, std=0.02 / math.sqrt(config.n_embd))
-        nn.init.zeros_(self.score.bias)
+        nn.init.constant_(self.score.bias, -3.0)  # log sigmoid is nearly linear there
         self.eos_id = config.eos_id
-        self.register_buffer("lean", torch.tensor(lean))
+        self.register_buffer("block", torch.tensor(float(block)))
+        self.register_buffer("gap", torch.tensor(float(gap)))
 
     def start_from(self, denoiser):
         """Copy the denoiser's embedding and first blocks: it has already learned to read the text."""
@@ -203,7 +205,10 @@ class OrderPosterior(nn.Module):
 
     def forward(self, tokens_clean):
         score = self.score(self.trunk(tokens_clean)).squeeze(-1).float()
-        return F.logsigmoid(score - self.lean * (tokens_clean != self.eos_id).cumsum(1))
+        text = (tokens_clean != self.eos_id).long()
+        after = text.sum(1, keepdim=True) - text.cumsum(1)  # tokens of text to the right
+        late = tokens_clean.shape[1] // self.block - after // self.block
+        return F.logsigmoid(score - self.gap * late)
 
 
 def log_rho(log_alpha, masked, tau):

@@ -36,10 +36,10 @@ SIZES = {"tiny": (2, 2, 64, 128), "small": (4, 4, 96, 256), "6m": (8, 8, 256, 68
 STAGES = ("plain", "baseline", "order")
 # What differs between the tasks where a flag is not given
 DEFAULTS = {
-    "arithmetic": dict(steps=3000, batch=32, lr=6e-3, order_steps=800, budget=5),
-    "gsm8k": dict(steps=3000, batch=32, lr=6e-3, order_steps=800, budget=5),
-    "sudoku": dict(steps=6000, batch=32, lr=4e-3, order_steps=600, budget=9),
-    "pairs": dict(steps=2000, batch=64, lr=4e-3, order_steps=0, budget=1),
+    "arithmetic": dict(size="small", steps=3000, batch=32, lr=6e-3, order_steps=1000, budget=5),
+    "gsm8k": dict(size="small", steps=3000, batch=32, lr=6e-3, order_steps=1000, budget=5),
+    "sudoku": dict(size="small", steps=6000, batch=32, lr=6e-3, order_steps=600, budget=9),
+    "pairs": dict(size="tiny", steps=4000, batch=64, lr=1e-2, order_steps=0, budget=1),
 }
 BF16_PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12, "3090": 71e12}  # dense FLOP/s
 
@@ -47,7 +47,7 @@ BF16_PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12, "30
 def parse_args(argv=None):
     parser = eval_gsm8k.Parser(__doc__)
     add = parser.add_argument
-    by_task = lambda name: "default: " + ", ".join(f"{task} {values[name]:g}" for task, values in DEFAULTS.items())
+    by_task = lambda name: "default: " + ", ".join(f"{task} {values[name]}" for task, values in DEFAULTS.items())
     add("--task", default="arithmetic", help="arithmetic, sudoku, pairs (embedded, no download) or gsm8k (needs --data)")
     add("--data", help="gsm8k: a .json/.jsonl(.gz/.xz) file, a folder of them, or a hub name")
     add("--answers", default="equations", choices=("equations", "full"), help="gsm8k: only the <<...>> notes, or the whole solution")
@@ -59,7 +59,7 @@ def parse_args(argv=None):
     add("--resume", action="store_true", help="go on from OUT/checkpoint.pt")
     add("--start", metavar="FILE", help="take stage 1 and the baseline from the plain.pt of another run, train stage 2 only")
     add("--seed", type=int, default=0, help="seed of the weights and of every draw")
-    add("--size", default="small", choices=SIZES, help="shape of the model")
+    add("--size", choices=SIZES, help=f"shape of the model ({by_task('size')})")
     add("--init", metavar="FILE", help="start stage 1 from an SMDM .safetensors file, or smdm-170m from the hub (needs --size 170m)")
     add("--tokenizer", metavar="FILE", help="with --init: its tokenizer.json (default: TinyLlama's from the hub)")
     add("--max-len", type=int, help="tokens in prompt and canvas together (default: as arithmetic needs, 256 for gsm8k)")
@@ -185,9 +185,10 @@ class Run:
         """New policy and posterior, as stage 2 starts with them."""
         torch.manual_seed(self.args.seed)
         self.policy = mdmvi.UnmaskPolicy(self.config).to(self.device)
-        # A grid has no left to right, and the easy cells first is a good start there.
-        lean = 0.0 if self.args.task == "sudoku" else 2 * self.args.tau * self.args.budget / self.args.canvas_len  # about two thirds of canvas / T a step
-        self.posterior = mdmvi.OrderPosterior(self.config, lean=lean).to(self.device).start_from(self.denoiser)
+        # Blocks that fill the canvas in T steps; a grid has no left to right, and starts with all scores alike.
+        gap = 0.0 if self.args.task == "sudoku" else 4 * self.args.tau
+        self.posterior = mdmvi.OrderPosterior(self.config, block=self.args.canvas_len / self.args.budget, gap=gap)
+        self.posterior.to(self.device).start_from(self.denoiser)
 
     def copy_plain(self):
         """The baseline goes on from where stage 1 ended."""

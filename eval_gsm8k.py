@@ -522,9 +522,10 @@ def is_solved(text, problem):
     return solves_equations(text, problem["reference"])
 
 
-def all_rules():
-    """(strategy, eos_aware) of every fixed rule."""
-    return [(s, False) for s in mdmvi.STRATEGIES if s != "learned"] + [(s, True) for s in mdmvi.CONFIDENCE_RULES]
+def all_rules(eos=True):
+    """(strategy, eos_aware) of every fixed rule; eos: with the eos_aware ones (a grid has no EOS)."""
+    rules = [(s, False) for s in mdmvi.STRATEGIES if s != "learned"]
+    return rules + [(s, True) for s in mdmvi.CONFIDENCE_RULES] if eos else rules
 
 
 def score(problems, tokenizer, tokens, canvas, models, budgets, rules=None, batch=128, seed=0, single=False, progress=None):
@@ -535,11 +536,12 @@ def score(problems, tokenizer, tokens, canvas, models, budgets, rules=None, batc
     Returns (rows, learned): dicts as `--json` writes them, and {budget: attempt of the learned order}.
     """
     denoiser, policy, _, plain = models
+    rules = all_rules() if rules is None else rules
     run = lambda *args, **options: attempt(problems, tokenizer, tokens, canvas, *args, batch=batch, seed=seed, **options)
     rows, learned, done = [], {}, {}
 
     def add_rules(budget, match, steps, ours=None):
-        for strategy, eos_aware in all_rules() if rules is None else rules:
+        for strategy, eos_aware in rules:
             if (strategy, eos_aware, steps) not in done:
                 tries = [("plain" if policy is None else "order", run(strategy, steps, denoiser, eos_aware=eos_aware))]
                 if plain is not None:
@@ -603,7 +605,9 @@ def steps_by_items(problems, result):
 
 def print_scores(problems, tokenizer, tokens, canvas, models, budgets, rules=None, batch=128, seed=0, single=False, json_file=None, plot_file=None):
     """Score, then print the table (and steps by number of items on the embedded task), write the files."""
-    runs = len(all_rules() if rules is None else rules) * (len(budgets) * (1 if models[1] is None else 2) + single)
+    if rules is None:
+        rules = all_rules(eos="box" not in problems[0])
+    runs = len(rules) * (len(budgets) * (1 if models[1] is None else 2) + single)
     with tqdm(total=runs, desc="scoring", unit="rule", dynamic_ncols=True) as bar:
 
         def progress(row):

@@ -550,6 +550,25 @@ def test_denoiser_contract():
         model(torch.zeros(1, 17).long())
 
 
+def test_posterior_starts_in_blocks_from_left_to_right():
+    model = tiny_denoiser(n_layer=1)
+    tokens = torch.tensor([[3, 1, 2, 3, 4, 1, 2, model.eos_id, model.eos_id], [3, 1, 2, model.eos_id, *[model.eos_id] * 5]])
+    canvas = torch.arange(9) > 0
+    for block, gap, blocks in ((2, 0.8, [2, 2, 1, 1, 0, 0, 0, 0]), (3, 0.8, [1, 1, 1, 0, 0, 0, 0, 0]), (2, 0.0, [0] * 8)):
+        log_alpha = mdmvi.OrderPosterior(model.config, block=block, gap=gap)(tokens)
+        steps = ((log_alpha[:, 1:] - log_alpha[:, -1:]) / max(gap, 0.8)).round()
+        assert steps[0].tolist() == blocks  # counted from the last token of the text; EOS comes with it
+        assert (steps[1] == 0).all() or block > 2 or gap == 0
+    log_alpha = mdmvi.OrderPosterior(model.config, block=2, gap=0.8)(tokens)
+    first = mdmvi.log_rho(log_alpha, canvas.expand(2, 9), 0.1).exp()[0, 1:]
+    assert (first[:2] > 0.3).all() and (first[2:] < 0.01).all()  # a block at a time
+
+
+def test_the_posterior_waits_for_the_policy():
+    share = [train.share_of_posterior(step, 1000) / train.share_of_peak(step, 1000) for step in (0, 99, 150, 200, 999)]
+    assert share == pytest.approx([0, 0, 0.5, 1, 1])
+
+
 def test_posterior_starts_from_the_denoiser():
     model, (tokens, _) = tiny_denoiser(n_layer=3), problems()
     posterior = mdmvi.OrderPosterior(model.config).start_from(model)
@@ -931,6 +950,28 @@ def test_sudoku_problems(box, n, base):
     assert len({p["answer"] for p in problems}) > (220 if every else n - 1)  # permuting reaches all of the 288 but the held-out eighth
     for p in problems[:20] if every else ():  # no clue to spare
         assert all(len(fits(p["question"][:i] + "." + p["question"][i + 1 :])) > 1 for i, c in enumerate(p["question"]) if c.isdigit())
+
+
+@pytest.mark.skipif(not os.environ.get("SLOW"), reason="takes minutes and 10 GiB; SLOW=1 runs it")
+def test_full_size_with_random_weights(tmp_path):
+    """The 170M shape: save and load the published layout, a step of each stage, save, load, sample."""
+    args = train.parse_args(["--size", "170m", "--optimizer", "adamw", "--max-len", "48", "--canvas-len", "16", "--order-batch", "1", "--paths", "2", "--out", str(tmp_path)])
+    run = train.Run(args, train.RandomTokens(32_000))
+    train.save_smdm(tmp_path / "base.safetensors", run.denoiser)
+    with torch.no_grad():
+        first = run.denoiser(torch.arange(48)[None])[0]
+        run.denoiser.lm_head.weight.zero_()
+        train.load_smdm(tmp_path / "base.safetensors", run.denoiser)
+        assert torch.equal(run.denoiser(torch.arange(48)[None])[0], first)
+    tokens, canvas = torch.randint(32_000, (4, 48)), (torch.arange(48) >= 32).expand(4, -1)
+    for stage in ("plain", "order"):
+        modules, _, batch, loss_of = train.stage_setup(run, stage)
+        loss, _ = train.train_step(train.make_optimizers(modules, args), 1.0, 1.0, loss_of, tokens, canvas, 2 if stage == "plain" else batch, 1, run.generator)
+        assert loss.isfinite()
+    run.save(tmp_path / "checkpoint.pt")
+    denoiser, policy, _, _ = eval_gsm8k.build_models(eval_gsm8k.load_checkpoint(tmp_path / "checkpoint.pt"))
+    out = mdmvi.generate(denoiser, tokens, canvas, "learned", 5, policy=policy)
+    assert (out.tokens[canvas] < 32_000).all() and (out.steps <= 5).all()
 
 
 @pytest.fixture

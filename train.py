@@ -115,7 +115,7 @@ def parse_args(argv=None):
     # A change takes 3 tokens of the prompt and 6 of the canvas; rows of a grid are parted by a token.
     canvas = {"arithmetic": 6 * args.items + 3, "gsm8k": 96, "sudoku": side * side, "pairs": 2}[args.task]
     args.canvas_len = args.canvas_len or canvas
-    prompt = {"arithmetic": 15 + 3 * args.items, "gsm8k": 160, "sudoku": side, "pairs": 1}[args.task]
+    prompt = {"arithmetic": 15 + 3 * args.items, "gsm8k": 256 - args.canvas_len, "sudoku": side, "pairs": 1}[args.task]
     args.max_len = args.max_len or prompt + args.canvas_len
     if args.compile is None:
         args.compile = args.device.startswith("cuda")

@@ -185,17 +185,20 @@ class OrderPosterior(nn.Module):
     fall by `gap` from one block to the next (several tau; 0: all scores start alike). Blocks are counted from
     the last token that is not EOS, and the EOS tail comes with the last block. Scores that start all alike
     reveal everything at once, and from there training mostly learns to put off what is uncertain.
+    reach: how far training can move a score up or down. Without a bound scores run apart until every rho is
+    0 or 1, where no gradient is left, one token is revealed a step and the last step has to guess the rest.
     """
 
-    def __init__(self, config, n_layer=None, block=4.0, gap=0.4):
+    def __init__(self, config, n_layer=None, block=4.0, gap=0.4, reach=0.3):
         super().__init__()
         self.trunk = Trunk(config, min(2, config.n_layer) if n_layer is None else n_layer)
         self.score = nn.Linear(config.n_embd, 1)
         nn.init.normal_(self.score.weight, std=0.02 / math.sqrt(config.n_embd))
-        nn.init.constant_(self.score.bias, -3.0)  # log sigmoid is nearly linear there
+        nn.init.zeros_(self.score.bias)
         self.eos_id = config.eos_id
         self.register_buffer("block", torch.tensor(float(block)))
         self.register_buffer("gap", torch.tensor(float(gap)))
+        self.register_buffer("reach", torch.tensor(float(reach)))
 
     def start_from(self, denoiser):
         """Copy the denoiser's embedding and first blocks: it has already learned to read the text."""
@@ -208,7 +211,8 @@ class OrderPosterior(nn.Module):
         text = (tokens_clean != self.eos_id).long()
         after = text.sum(1, keepdim=True) - text.cumsum(1)  # tokens of text to the right
         late = tokens_clean.shape[1] // self.block - after // self.block
-        return F.logsigmoid(score - self.gap * late)
+        score = self.reach * (score / self.reach).tanh() - self.gap * late
+        return F.logsigmoid(score - 3.0)  # where log sigmoid is nearly linear
 
 
 def log_rho(log_alpha, masked, tau):

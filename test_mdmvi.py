@@ -562,6 +562,10 @@ def test_posterior_starts_in_blocks_from_left_to_right():
     log_alpha = mdmvi.OrderPosterior(model.config, block=2, gap=0.8)(tokens)
     first = mdmvi.log_rho(log_alpha, canvas.expand(2, 9), 0.1).exp()[0, 1:]
     assert (first[:2] > 0.3).all() and (first[2:] < 0.01).all()  # a block at a time
+    far = mdmvi.OrderPosterior(model.config, gap=0.0, reach=0.3)
+    far.score.weight.data *= 1e6
+    log_alpha = far(tokens)
+    assert 0.3 < log_alpha.max() - log_alpha.min() <= 0.6  # within the reach, up and down
 
 
 def test_the_posterior_waits_for_the_policy():

@@ -186,8 +186,9 @@ class Run:
         torch.manual_seed(self.args.seed)
         self.policy = mdmvi.UnmaskPolicy(self.config).to(self.device)
         # Blocks that fill the canvas in T steps; a grid has no left to right, and starts with all scores alike.
-        gap = 0.0 if self.args.task == "sudoku" else 4 * self.args.tau
-        self.posterior = mdmvi.OrderPosterior(self.config, block=self.args.canvas_len / self.args.budget, gap=gap)
+        tau, grid = self.args.tau, self.args.task == "sudoku"
+        block, gap, reach = self.args.canvas_len / self.args.budget, 0.0 if grid else 4 * tau, 10 * tau if grid else 3 * tau
+        self.posterior = mdmvi.OrderPosterior(self.config, block=block, gap=gap, reach=reach)
         self.posterior.to(self.device).start_from(self.denoiser)
 
     def copy_plain(self):

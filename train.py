@@ -36,7 +36,7 @@ SIZES = {"tiny": (2, 2, 64, 128), "small": (4, 4, 96, 256), "6m": (8, 8, 256, 68
 STAGES = ("plain", "baseline", "order")
 # What differs between the tasks where a flag is not given
 DEFAULTS = {
-    "arithmetic": dict(size="small", steps=3000, batch=32, lr=6e-3, order_steps=800, budget=5),
+    "arithmetic": dict(size="small", steps=2400, batch=32, lr=6e-3, order_steps=700, budget=5),
     "gsm8k": dict(size="small", steps=3000, batch=32, lr=6e-3, order_steps=800, budget=5),
     "sudoku": dict(size="small", steps=6000, batch=32, lr=6e-3, order_steps=600, budget=9),
     "pairs": dict(size="tiny", steps=4000, batch=64, lr=1e-2, order_steps=0, budget=1),

@@ -189,7 +189,7 @@ class OrderPosterior(nn.Module):
     0 or 1, where no gradient is left, one token is revealed a step and the last step has to guess the rest.
     """
 
-    def __init__(self, config, n_layer=None, block=4.0, gap=0.4, reach=0.6):
+    def __init__(self, config, n_layer=None, block=4.0, gap=0.4, reach=0.5):
         super().__init__()
         self.trunk = Trunk(config, min(2, config.n_layer) if n_layer is None else n_layer)
         self.score = nn.Linear(config.n_embd, 1)

@@ -36,8 +36,8 @@ SIZES = {"tiny": (2, 2, 64, 128), "small": (4, 4, 96, 256), "6m": (8, 8, 256, 68
 STAGES = ("plain", "baseline", "order")
 # What differs between the tasks where a flag is not given
 DEFAULTS = {
-    "arithmetic": dict(size="small", steps=2400, batch=32, lr=6e-3, order_steps=700, budget=5),
-    "gsm8k": dict(size="small", steps=3000, batch=32, lr=6e-3, order_steps=800, budget=5),
+    "arithmetic": dict(size="small", steps=3000, batch=32, lr=6e-3, order_steps=1000, budget=5),
+    "gsm8k": dict(size="small", steps=3000, batch=32, lr=6e-3, order_steps=1000, budget=5),
     "sudoku": dict(size="small", steps=6000, batch=32, lr=6e-3, order_steps=600, budget=9),
     "pairs": dict(size="tiny", steps=4000, batch=64, lr=1e-2, order_steps=0, budget=1),
 }
@@ -187,7 +187,7 @@ class Run:
         self.policy = mdmvi.UnmaskPolicy(self.config).to(self.device)
         # Blocks that fill the canvas in T steps; a grid has no left to right, and starts with all scores alike.
         tau, grid = self.args.tau, self.args.task == "sudoku"
-        block, gap, reach = self.args.canvas_len / self.args.budget, 0.0 if grid else 4 * tau, 10 * tau if grid else 6 * tau
+        block, gap, reach = self.args.canvas_len / self.args.budget, 0.0 if grid else 4 * tau, 10 * tau if grid else 5 * tau
         self.posterior = mdmvi.OrderPosterior(self.config, block=block, gap=gap, reach=reach)
         self.posterior.to(self.device).start_from(self.denoiser)
 

@@ -1341,7 +1341,8 @@ def test_embedded_tasks_end_to_end(small, tmp_path, monkeypatch, capsys, flags):
     single = [r for r in rows if r["budget"] == most and r["match"] == "own"] if sudoku else []
     assert [r["strategy"] for r in single if not r["eos_aware"]] == [rule for rule in mdmvi.STRATEGIES if rule != "learned"] * sudoku
     assert all(most >= 10 and r["max_steps"] == most for r in single if r["strategy"] == "left_to_right")  # one cell a step
-    assert len(rows) == (11 * sudoku + (23 if learned else 11)) and all(r["problems"] == 20 for r in rows)
+    rules = 7 if sudoku else 11  # a grid has no EOS
+    assert len(rows) == rules * sudoku + (1 + 2 * rules if learned else rules) and all(r["problems"] == 20 for r in rows)
     assert ("items  problems" in printed) == (not sudoku)
     assert run(eval_gsm8k, "--checkpoint", tmp_path / "checkpoint.pt", "--problems", 20, *["--single"] * sudoku) == 0
     assert without_speed(capsys.readouterr().out) == without_speed(printed) and len(without_speed(printed)) == len(rows) + 1
@@ -1393,7 +1394,7 @@ def test_stage_1_only(trained, tmp_path, capsys):
 @pytest.mark.parametrize("task", train.DEFAULTS)
 def test_defaults_of_each_task(task):
     needed = ["--task", task, *["--data", "x"] * (task == "gsm8k")]
-    args, given = vars(train.parse_args(needed)), {name: value + 1 for name, value in train.DEFAULTS[task].items()}
+    args, given = vars(train.parse_args(needed)), {name: "6m" if name == "size" else value + 1 for name, value in train.DEFAULTS[task].items()}
     assert {name: args[name] for name in given} == train.DEFAULTS[task]
     flags = [part for name, value in given.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     changed = vars(train.parse_args(needed + flags))

@@ -196,9 +196,7 @@ def sudoku_solutions(grid, box, limit, rng=None):
     def search(blanks):
         if not blanks:
             return found.append(list(grid))
-        choices, i = min((((free[a] & free[b] & free[c]).bit_count(), i) for i in blanks for a, b, c in (units[i],)), key=lambda x: x[0])
-        if not choices:
-            return
+        _, i = min((((free[a] & free[b] & free[c]).bit_count(), i) for i in blanks for a, b, c in (units[i],)), key=lambda x: x[0])
         values = [v for v in range(side) if all(free[unit] >> v & 1 for unit in units[i])]
         for v in rng.sample(values, len(values)) if rng else values:
             grid[i] = v + 1
@@ -442,7 +440,7 @@ def answer_text(tokenizer, tokens, canvas):
 
 
 def load_checkpoint(path, device="cpu"):
-    """The dict that train.py wrote (see train.save_checkpoint). Raises UserError if it cannot be used."""
+    """The dict that train.py wrote (see train.Run.save). Raises UserError if it cannot be used."""
     advice = "give the checkpoint.pt that train.py wrote"
     if not os.path.isfile(path):
         raise UserError(f"no checkpoint at {path}: {advice}, or run python train.py first")

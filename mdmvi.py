@@ -185,8 +185,8 @@ class OrderPosterior(nn.Module):
     fall by `gap` from one block to the next (several tau; 0: all scores start alike). Blocks are counted from
     the last token that is not EOS, and the EOS tail comes with the last block. Scores that start all alike
     reveal everything at once, and from there training mostly learns to put off what is uncertain.
-    reach: how far training can move a score up or down. Without a bound scores run apart until every rho is
-    0 or 1, where no gradient is left, one token is revealed a step and the last step has to guess the rest.
+    reach: how far training can move a score up or down. Without a bound scores can run apart until every rho
+    is 0 or 1, where no gradient is left: then one token is revealed a step, and the last step guesses the rest.
     """
 
     def __init__(self, config, n_layer=None, block=4.0, gap=0.4, reach=0.5):

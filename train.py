@@ -310,8 +310,8 @@ def share_of_peak(step, steps):
 
 
 def share_of_posterior(step, steps):
-    """The posterior waits for a tenth of stage 2, and needs another to come up to speed: until the policy can
-    follow it, it would only learn to be easy to follow."""
+    """The posterior waits for a tenth of stage 2, and takes another to come up to speed: until the policy can
+    follow an order, the KL outweighs what the order does for the tokens."""
     return share_of_peak(step, steps) * min(1.0, max(0.0, 10 * step / steps - 1))
 
 

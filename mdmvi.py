@@ -178,27 +178,20 @@ class UnmaskPolicy(nn.Module):
 
 
 class OrderPosterior(nn.Module):
-    """log alpha_phi(c, x_0): clean tokens int64 [B, N] -> log_alpha [B, N], below 0.
+    """log alpha_phi(c, x_0): clean tokens int64 [B, N] (and canvas bool [B, N]) -> log_alpha [B, N], below 0.
 
-    n_layer: depth of its own trunk (default: 2, or the denoiser's depth if that is less).
-    block, gap: the order that training starts from goes left to right, `block` tokens a step, by scores that
-    fall by `gap` from one block to the next (several tau; 0: all scores start alike). Blocks are counted from
-    the last token that is not EOS, and the EOS tail comes with the last block. Scores that start all alike
-    reveal everything at once, and from there training mostly learns to put off what is uncertain.
-    reach: how far training can move a score up or down. Without a bound scores can run apart until every rho
-    is 0 or 1, where no gradient is left: then one token is revealed a step, and the last step guesses the rest.
+    The canvas tells it which tokens are given; where it always is the same part of the text it may be left out.
+    n_layer: depth of its own trunk (default: 2, or the denoiser's depth if that is less). Scores start all
+    alike, which reveals everything at once; `left_to_right_order` (section 3) finds better orders to start from.
     """
 
-    def __init__(self, config, n_layer=None, block=4.0, gap=0.4, reach=0.5):
+    def __init__(self, config, n_layer=None):
         super().__init__()
         self.trunk = Trunk(config, min(2, config.n_layer) if n_layer is None else n_layer)
+        self.on_canvas = nn.Parameter(torch.zeros(config.n_embd))
         self.score = nn.Linear(config.n_embd, 1)
-        nn.init.normal_(self.score.weight, std=0.02 / math.sqrt(config.n_embd))
-        nn.init.zeros_(self.score.bias)
-        self.eos_id = config.eos_id
-        self.register_buffer("block", torch.tensor(float(block)))
-        self.register_buffer("gap", torch.tensor(float(gap)))
-        self.register_buffer("reach", torch.tensor(float(reach)))
+        nn.init.zeros_(self.score.weight)
+        nn.init.constant_(self.score.bias, -3.0)  # where log sigmoid is nearly linear
 
     def start_from(self, denoiser):
         """Copy the denoiser's embedding and first blocks: it has already learned to read the text."""
@@ -206,13 +199,9 @@ class OrderPosterior(nn.Module):
         self.trunk.load_state_dict({name: state[name] for name in self.trunk.state_dict()})
         return self
 
-    def forward(self, tokens_clean):
-        score = self.score(self.trunk(tokens_clean)).squeeze(-1).float()
-        text = (tokens_clean != self.eos_id).long()
-        after = text.sum(1, keepdim=True) - text.cumsum(1)  # tokens of text to the right
-        late = tokens_clean.shape[1] // self.block - after // self.block
-        score = self.reach * (score / self.reach).tanh() - self.gap * late
-        return F.logsigmoid(score - 3.0)  # where log sigmoid is nearly linear
+    def forward(self, tokens_clean, canvas=None):
+        shift = None if canvas is None else canvas[:, :, None] * self.on_canvas
+        return F.logsigmoid(self.score(self.trunk(tokens_clean, shift)).squeeze(-1).float())
 
 
 def log_rho(log_alpha, masked, tau):
@@ -339,7 +328,7 @@ def order_loss(denoiser, policy, posterior, tokens, canvas, budget, tau, paths, 
         raise ValueError(f"budget is {budget}: it must be at least 1 step")
     B, T = len(tokens), budget
     s = (stratified_uniform(B, tokens.device, generator) * T).long().clamp(max=T - 1)
-    log_alpha = posterior(tokens)
+    log_alpha = posterior(tokens, canvas)
     tokens, canvas, s, log_alpha = (x.repeat_interleave(paths, 0) for x in (tokens, canvas, s, log_alpha))
     masked, log_q = draw_path(log_alpha, canvas, s, tau, generator, max_steps=T - 1)
     log_r = log_rho(log_alpha, masked, tau)
@@ -368,7 +357,7 @@ def order_elbo(denoiser, policy, posterior, tokens, canvas, budget, tau, samples
     picks its step uniformly (rho_i = pi_i = 1 / (T - s), so KL = 0).
     """
     total = torch.zeros(len(tokens), device=tokens.device)
-    log_alpha = None if posterior is None else posterior(tokens)
+    log_alpha = None if posterior is None else posterior(tokens, canvas)
     for _ in range(samples):
         masked = canvas
         for s in range(budget):
@@ -384,6 +373,44 @@ def order_elbo(denoiser, policy, posterior, tokens, canvas, budget, tau, samples
             u = torch.rand(tokens.shape, device=tokens.device, generator=generator)
             masked = masked & ~(u.log() < log_r)
     return total / samples
+
+
+@torch.no_grad()
+def left_to_right_order(denoiser, tokens, canvas, budget, least=0.2, later=0.01):
+    """The best left-to-right order of known tokens in `budget` steps: step int64 [B, N], -1 off the canvas.
+
+    The canvas is cut into at most T runs of neighbours, one a step, by dynamic programming: with
+    cost(a, b) = - sum_{a <= i < b} log p(x_0^i | all left of a), the price of revealing a .. b-1 together,
+    best_k(b) = min_a best_{k-1}(a) + cost(a, b). One forward pass for each place of the canvas gives all costs.
+    So a cut falls where a token has to be known before the next can be, and nowhere else: a cut has to gain
+    `least` nats, and of cuts about as good the one furthest right is taken (`later` nats a place).
+
+    This is where the posterior starts (ours, not in [F]): the gradient of the bound improves on an order, but
+    does not find one from nothing.
+    """
+    (B, _), L, T = tokens.shape, int(canvas.sum(1).max()), budget
+    place = canvas.cumsum(1) - 1
+    gain = torch.full((B, L, L + 1), -math.inf, device=tokens.device)  # minus the cost of [a, b), and of the cut
+    for a in range(L):
+        masked = canvas & (place >= a)
+        logits, _ = denoiser(tokens.masked_fill(masked, denoiser.mask_id))
+        log_p = torch.where(masked, token_log_prob(logits, tokens), 0.0)
+        by_place = torch.zeros_like(gain[:, 0]).scatter_add_(1, place.clamp(min=0) + 1, log_p)
+        gain[:, a, a:] = by_place[:, a:].cumsum(1) - by_place[:, a : a + 1] - least - later * (L - a)
+    best, cuts = torch.full_like(gain[:, 0], -math.inf), []
+    best[:, 0] = 0.0
+    total = []
+    for _ in range(T):
+        best, cut = (best[:, :L, None] + gain).max(1)
+        cuts.append(cut)
+        total.append(best[:, L])
+    runs = torch.stack(total, 1).argmax(1)  # one less than the number of runs of a row
+    step, end = torch.zeros_like(tokens), torch.full_like(runs, L)
+    for k in reversed(range(T)):
+        start = torch.where(k <= runs, cuts[k].gather(1, end[:, None]).squeeze(1), end)
+        step = torch.where((place >= start[:, None]) & (place < end[:, None]), k, step)
+        end = start
+    return torch.where(canvas, step, -1)
 
 
 # ---------------------------------------------------------------------------------------------------

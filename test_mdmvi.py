@@ -64,7 +64,7 @@ class Toy:
     def policy(self, hidden):
         return hidden.squeeze(2)
 
-    def posterior(self, tokens):
+    def posterior(self, tokens, canvas=None):
         return F.logsigmoid(self.score[(tokens * self.base).sum(1)])
 
 
@@ -264,7 +264,7 @@ def test_paths_of_a_group_share_x0_and_step(monkeypatch):
     toy, (tokens, canvas), seen = Toy(), replicate(3, X0, CANVAS), []
     monkeypatch.setattr(mdmvi, "leave_one_out", lambda value: seen.append(value) or value)
     certain = -100.0 * torch.arange(4).expand(6, 4)  # one token a step: paths of a kind are equal
-    mdmvi.order_loss(toy, toy.policy, lambda _: certain, tokens, canvas, 3, TAU, 8, rng(0))
+    mdmvi.order_loss(toy, toy.policy, lambda *_: certain, tokens, canvas, 3, TAU, 8, rng(0))
     assert seen[0].shape == (6, 8) and (seen[0] == seen[0][:, :1]).all()
     assert len(seen[0].unique()) > 4
 
@@ -277,7 +277,7 @@ def test_rloo_halves_the_variance(monkeypatch):
 
     def variance():
         leaf = log_alpha.clone().requires_grad_()  # one for each row, so that a row has its own gradient
-        loss, _ = mdmvi.order_loss(model, policy, lambda _: leaf, tokens, canvas, 4, TAU, 8, rng(0))
+        loss, _ = mdmvi.order_loss(model, policy, lambda *_: leaf, tokens, canvas, 4, TAU, 8, rng(0))
         return torch.autograd.grad(loss, leaf)[0].var(0).sum()
 
     with_baseline = variance()
@@ -550,22 +550,44 @@ def test_denoiser_contract():
         model(torch.zeros(1, 17).long())
 
 
-def test_posterior_starts_in_blocks_from_left_to_right():
-    model = tiny_denoiser(n_layer=1)
-    tokens = torch.tensor([[3, 1, 2, 3, 4, 1, 2, model.eos_id, model.eos_id], [3, 1, 2, model.eos_id, *[model.eos_id] * 5]])
-    canvas = torch.arange(9) > 0
-    for block, gap, blocks in ((2, 0.8, [2, 2, 1, 1, 0, 0, 0, 0]), (3, 0.8, [1, 1, 1, 0, 0, 0, 0, 0]), (2, 0.0, [0] * 8)):
-        log_alpha = mdmvi.OrderPosterior(model.config, block=block, gap=gap)(tokens)
-        steps = ((log_alpha[:, 1:] - log_alpha[:, -1:]) / max(gap, 0.8)).round()
-        assert steps[0].tolist() == blocks  # counted from the last token of the text; EOS comes with it
-        assert (steps[1] == 0).all() or block > 2 or gap == 0
-    log_alpha = mdmvi.OrderPosterior(model.config, block=2, gap=0.8)(tokens)
-    first = mdmvi.log_rho(log_alpha, canvas.expand(2, 9), 0.1).exp()[0, 1:]
-    assert (first[:2] > 0.3).all() and (first[2:] < 0.01).all()  # a block at a time
-    far = mdmvi.OrderPosterior(model.config, gap=0.0, reach=0.3)
-    far.score.weight.data *= 1e6
-    log_alpha = far(tokens)
-    assert 0.3 < log_alpha.max() - log_alpha.min() <= 0.6  # within the reach, up and down
+@pytest.mark.parametrize("T", [1, 2, 3, 4, 6])
+def test_left_to_right_order_is_the_best_of_all(T):
+    """Against all ways of cutting the canvas into at most T runs, priced one by one."""
+    least, later, toy = 0.2, 0.02, Toy(seed=3)
+    tokens = torch.cartesian_prod(*[torch.arange(3)] * 4)[::2]
+    canvas = torch.ones_like(tokens).bool()
+    canvas[::3, 1] = False  # a canvas with a hole, and rows of unequal length
+    found = mdmvi.left_to_right_order(toy, tokens, canvas, T, least, later)
+    longest, several = 4, set()
+    for row, on, got in zip(tokens, canvas, found):
+        where, prices = places(on), {}
+        for cuts in itertools.product([0, 1], repeat=len(where) - 1):
+            if sum(cuts) >= T:
+                continue
+            steps = np.cumsum([0, *cuts])
+            value = 0.0
+            for n, (place, step) in enumerate(zip(where, steps)):
+                hidden = [p for p, s in zip(where, steps) if s >= step]
+                x = row.clone()
+                x[hidden] = toy.mask_id
+                value += toy(x[None])[0][0, place].log_softmax(-1)[row[place]].item()
+                if n and steps[n] != steps[n - 1]:
+                    value -= least + later * (longest - n)
+            prices[tuple(steps.tolist())] = value
+        assert tuple(got[where].tolist()) == max(prices, key=prices.get)
+        assert (got[~on] == -1).all()
+        several.add(int(got.max()) + 1)
+    assert len(several) == min(T, 4)  # easy ones take fewer steps
+
+
+def test_posterior_starts_with_all_scores_alike_and_sees_the_canvas():
+    model, (tokens, canvas) = tiny_denoiser(n_layer=1), problems()
+    posterior = mdmvi.OrderPosterior(model.config)
+    assert (posterior(tokens, canvas) == posterior(tokens, canvas)[0, 0]).all()
+    torch.nn.init.normal_(posterior.score.weight)
+    torch.nn.init.normal_(posterior.on_canvas)
+    assert not torch.equal(posterior(tokens, canvas), posterior(tokens, ~canvas))
+    assert torch.equal(posterior(tokens), posterior(tokens, torch.zeros_like(canvas)))
 
 
 def test_the_posterior_waits_for_the_policy():
@@ -1164,7 +1186,7 @@ def test_real_gsm8k_files():
 # The scripts
 # ---------------------------------------------------------------------------------------------------
 
-TINY = "--steps 6 --batch 4 --order-steps 4 --order-batch 2 --paths 2 --save-every 2 --problems 0".split()
+TINY = "--steps 6 --batch 4 --order-steps 4 --search 8 --search-steps 4 --order-batch 2 --paths 2 --save-every 2 --problems 0".split()
 
 
 def run(script, *args):
@@ -1209,7 +1231,7 @@ def same(first, second):
     return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
 
 
-@pytest.mark.parametrize("at, latent_dim", [(3, 0), (8, 0), (13, 0), (3, 2), (13, 2)])  # in stage 1, in the baseline, in stage 2
+@pytest.mark.parametrize("at, latent_dim", [(3, 0), (8, 0), (12, 0), (17, 0), (3, 2), (17, 2)])  # in stage 1, in the baseline, before and in stage 2
 def test_ctrl_c_saves_and_resuming_equals_not_having_stopped(trained, tmp_path, monkeypatch, capsys, request, at, latent_dim):
     straight = request.getfixturevalue("trained_latent") if latent_dim else trained / "out"
     flags = *gsm8k(trained), "--latent-dim", latent_dim, "--out", tmp_path

@@ -33,14 +33,15 @@ from eval_gsm8k import UserError
 
 #           layers, heads, width, hidden
 SIZES = {"tiny": (2, 2, 64, 128), "small": (4, 4, 96, 256), "6m": (8, 8, 256, 680), "170m": (18, 12, 768, 3072)}
-STAGES = ("plain", "baseline", "order")
+STAGES = ("plain", "baseline", "search", "order")
 # What differs between the tasks where a flag is not given
 DEFAULTS = {
-    "arithmetic": dict(size="small", steps=3000, batch=32, lr=6e-3, order_steps=1000, budget=5),
-    "gsm8k": dict(size="small", steps=3000, batch=32, lr=6e-3, order_steps=1000, budget=5),
-    "sudoku": dict(size="small", steps=6000, batch=32, lr=6e-3, order_steps=600, budget=9),
-    "pairs": dict(size="tiny", steps=4000, batch=64, lr=1e-2, order_steps=0, budget=1),
+    "arithmetic": dict(size="small", steps=2800, batch=32, lr=6e-3, order_steps=800, search=1024, budget=5),
+    "gsm8k": dict(size="small", steps=3000, batch=32, lr=6e-3, order_steps=800, search=1024, budget=5),
+    "sudoku": dict(size="small", steps=6000, batch=32, lr=6e-3, order_steps=600, search=0, budget=9),
+    "pairs": dict(size="tiny", steps=4000, batch=64, lr=1e-2, order_steps=0, search=0, budget=1),
 }
+GAP, START_LR = 5.0, 1e-2  # orders a posterior starts from: tau between steps; learning rate
 BF16_PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12, "3090": 71e12}  # dense FLOP/s
 
 
@@ -72,8 +73,10 @@ def parse_args(argv=None):
     add("--paths", type=int, default=8, help="stage 2: paths a problem (K)")
     add("--order-lr", type=float, default=1e-3, help="stage 2 and baseline: peak learning rate of the denoiser")
     add("--head-lr", type=float, default=3e-3, help="stage 2: peak learning rate of the policy")
-    add("--posterior-lr", type=float, default=1e-2, help="stage 2: peak learning rate of the posterior")
+    add("--posterior-lr", type=float, default=1e-3, help="stage 2: peak learning rate of the posterior")
     add("--budget", type=int, help=f"stage 2: steps of generation (T) ({by_task('budget')})")
+    add("--search", type=int, help=f"stage 2: problems whose best left-to-right orders the posterior starts from; 0: all tokens at once ({by_task('search')})")
+    add("--search-steps", type=int, default=300, help="stage 2: steps in which the posterior learns these orders")
     add("--tau", type=float, default=0.1, help="stage 2: temperature of the posterior")
     add("--optimizer", default="muon", choices=("muon", "adamw"), help="muon: Muon for the blocks' matrices, AdamW for the rest")
     add("--freeze-denoiser", action="store_true", help="stage 2: train the policy and the posterior only")
@@ -106,8 +109,8 @@ def parse_args(argv=None):
         raise UserError(f"--box is {args.box}: give ROWSxCOLUMNS of a box of 4 to 9 cells, 2x3 or 3x3, say")
     args.box = int(args.box[0]), int(args.box[2])
     side = args.box[0] * args.box[1]
-    if args.latent_dim < 0 or args.order_steps < 0:
-        raise UserError("--latent-dim and --order-steps must be at least 0")
+    if min(args.latent_dim, args.order_steps, args.search) < 0 or args.search_steps < 1:
+        raise UserError("--latent-dim, --order-steps and --search must be at least 0, --search-steps at least 1")
     if args.task in ("sudoku", "pairs") and (args.init or args.max_len or args.canvas_len):
         raise UserError(f"--init, --max-len and --canvas-len do not go with --task {args.task}, whose layout is fixed: leave them out")
     if args.init and args.latent_dim:
@@ -185,11 +188,7 @@ class Run:
         """New policy and posterior, as stage 2 starts with them."""
         torch.manual_seed(self.args.seed)
         self.policy = mdmvi.UnmaskPolicy(self.config).to(self.device)
-        # Blocks that fill the canvas in T steps; a grid has no left to right, and starts with all scores alike.
-        tau, grid = self.args.tau, self.args.task == "sudoku"
-        block, gap, reach = self.args.canvas_len / self.args.budget, 0.0 if grid else 4 * tau, 10 * tau if grid else 5 * tau
-        self.posterior = mdmvi.OrderPosterior(self.config, block=block, gap=gap, reach=reach)
-        self.posterior.to(self.device).start_from(self.denoiser)
+        self.posterior = mdmvi.OrderPosterior(self.config).to(self.device).start_from(self.denoiser)
 
     def copy_plain(self):
         """The baseline goes on from where stage 1 ended."""
@@ -346,15 +345,15 @@ def stage_setup(run, stage):
         order_loss = mdmvi.vmd_order_loss if args.latent_dim else mdmvi.order_loss
 
         def loss(tokens, canvas):
-            return order_loss(denoiser, run.policy, run.posterior, tokens, canvas, args.budget, args.tau, args.paths, g)
+            return order_loss(denoiser, run.policy, run.posterior, tokens.long(), canvas, args.budget, args.tau, args.paths, g)
 
         return modules, args.order_steps, args.order_batch, loss
     model = run.denoiser if stage == "plain" else run.plain
     denoiser = compiled(model, args)
     if args.latent_dim:
-        loss = lambda tokens, canvas: (mdmvi.vmd_loss(denoiser, tokens, canvas, args.budget, g), {})
+        loss = lambda tokens, canvas: (mdmvi.vmd_loss(denoiser, tokens.long(), canvas, args.budget, g), {})
     else:
-        loss = lambda tokens, canvas: (mdmvi.mdm_loss(denoiser, tokens, canvas, g), {})
+        loss = lambda tokens, canvas: (mdmvi.mdm_loss(denoiser, tokens.long(), canvas, g), {})
     if stage == "plain":
         return {model: args.lr}, args.steps, args.batch, loss
     return {model: args.order_lr}, args.order_steps, args.order_batch * args.paths, loss
@@ -380,16 +379,17 @@ def make_optimizers(modules, args):
     return optimizers
 
 
-def train_step(optimizers, share, late_share, loss_of, tokens, canvas, batch, accumulate, generator):
-    """One step on `batch` random problems at a share of the peak learning rates (`late_share` the posterior's).
+def train_step(optimizers, share, late_share, loss_of, data, batch, accumulate, generator):
+    """One step on `batch` random rows of the tensors in `data`, which `loss_of` takes, at a share of the peak
+    learning rates (`late_share` the posterior's).
 
     Returns (loss, stats), both still on the device.
     """
     total = 0.0
     for _ in range(accumulate):
-        rows = torch.randint(len(tokens), (batch // accumulate,), device=tokens.device, generator=generator)
-        with autocast(tokens.device):
-            loss, stats = loss_of(tokens[rows].long(), canvas[rows])
+        rows = torch.randint(len(data[0]), (batch // accumulate,), device=data[0].device, generator=generator)
+        with autocast(data[0].device):
+            loss, stats = loss_of(*(x[rows] for x in data))
         (loss / accumulate).backward()
         total = total + loss.detach() / accumulate
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
@@ -400,6 +400,13 @@ def train_step(optimizers, share, late_share, loss_of, tokens, canvas, batch, ac
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return total, stats
+
+
+def check(stop, where):
+    """End the run if a signal has filled `stop`."""
+    if stop:
+        print(f"\nstopped {where}; go on with --resume", file=sys.stderr)
+        raise KeyboardInterrupt
 
 
 def train_stage(run, stage, tokens, canvas, stop, log):
@@ -415,7 +422,7 @@ def train_stage(run, stage, tokens, canvas, stop, log):
     bar = tqdm(total=steps, initial=run.step, desc=stage, unit="step", dynamic_ncols=True, mininterval=1.0)
     while run.step < steps:
         share, late_share = share_of_peak(run.step, steps), share_of_posterior(run.step, steps)
-        loss, stats = train_step(optimizers, share, late_share, loss_of, tokens, canvas, batch, args.accumulate, run.generator)
+        loss, stats = train_step(optimizers, share, late_share, loss_of, (tokens, canvas), batch, args.accumulate, run.generator)
         total, since = total + loss, since + 1
         run.step += 1
         bar.update()
@@ -430,11 +437,37 @@ def train_stage(run, stage, tokens, canvas, stop, log):
             total, since, began = 0.0, 0, time.perf_counter()
         if saving and run.step < steps:
             run.save(path, optimizers)
-        if stop:
-            bar.close()
-            print(f"stopped at {stage} step {run.step}; go on with --resume", file=sys.stderr)
-            raise KeyboardInterrupt
+        check(stop, f"at {stage} step {run.step}")
     bar.close()
+
+
+def start_orders(run, tokens, canvas, stop):
+    """Begin stage 2: a posterior that has learned the best left-to-right orders of some training problems."""
+    args, g = run.args, torch.Generator(run.device).manual_seed(run.args.seed)
+    run.begin_orders()
+    if args.search == 0:
+        return
+    rows = torch.randperm(len(tokens), device=run.device, generator=g)[: args.search]
+    tokens, canvas, step = tokens[rows].long(), canvas[rows], []
+    for x, on in tqdm(list(zip(tokens.split(64), canvas.split(64))), desc="search", unit="batch", dynamic_ncols=True):
+        z = torch.zeros(len(x), args.latent_dim, device=run.device)
+        denoiser = mdmvi.given(run.denoiser, z) if args.latent_dim else run.denoiser
+        with autocast(run.device):
+            step.append(mdmvi.left_to_right_order(denoiser, x, on, args.budget))
+        check(stop, "in the search for orders")
+    target = -3.0 - GAP * args.tau * torch.cat(step)
+
+    def loss_of(x, on, target):
+        return (((run.posterior(x, on) - target) / args.tau).square() * on).sum() / on.sum(), {}
+
+    optimizers = make_optimizers({run.posterior: START_LR}, args)
+    bar = tqdm(range(args.search_steps), desc="posterior", unit="step", dynamic_ncols=True)
+    for s in bar:
+        share = share_of_peak(s, args.search_steps)
+        loss, _ = train_step(optimizers, share, share, loss_of, (tokens, canvas, target), min(64, len(rows)), 1, g)
+        if s % 20 == 0:
+            bar.set_postfix_str(f"loss {float(loss):.3f}", refresh=False)
+        check(stop, "in the search for orders")
 
 
 def trim_log(path, stage, step):
@@ -461,13 +494,15 @@ def train(run, tokens, canvas, stop):
 
         while run.stage != "done":
             stage = run.stage
-            train_stage(run, stage, tokens, canvas, stop, log)
-            after_plain = "done" if args.order_steps == 0 else "order" if args.no_baseline else "baseline"
-            run.stage, run.step = {"plain": after_plain, "baseline": "order", "order": "done"}[stage], 0
+            if stage == "search":
+                start_orders(run, tokens, canvas, stop)
+            else:
+                train_stage(run, stage, tokens, canvas, stop, log)
+            after_plain = "done" if args.order_steps == 0 else "search" if args.no_baseline else "baseline"
+            run.stage, run.step = {"plain": after_plain, "baseline": "search", "search": "order", "order": "done"}[stage], 0
             if run.stage == "baseline":
                 run.copy_plain()
-            if run.stage == "order":
-                run.begin_orders()
+            if run.stage == "search":
                 run.save(out / "plain.pt")
             run.save(out / "checkpoint.pt")
 
@@ -530,7 +565,7 @@ def benchmark(args, repeats=5):
     for stage in ("baseline", "order"):  # the baseline's batch is as many plain sequences as an order step has
         modules, _, batch, loss_of = stage_setup(run, stage)
         optimizers = make_optimizers(modules, args)
-        steps[stage] = lambda o=optimizers, f=loss_of, b=batch: train_step(o, 0.01, 0.01, f, tokens, canvas, b, args.accumulate, g)
+        steps[stage] = lambda o=optimizers, f=loss_of, b=batch: train_step(o, 0.01, 0.01, f, (tokens, canvas), b, args.accumulate, g)
         seconds_of(steps[stage], run.device, 2)
     times = {stage: [] for stage in steps}
     for _ in range(repeats):  # in turn, so that both meet the same machine
@@ -610,9 +645,8 @@ def main(argv=None):
         trim_log(out / "log.jsonl", run.stage, run.step)
     elif args.start:
         run.load(args.start)
-        if (run.stage, run.step) != ("order", 0):
+        if run.stage != "search":
             raise UserError(f"{args.start} is not the plain.pt of a run: give the file as it was before stage 2")
-        run.begin_orders()
         run.generator.manual_seed(args.seed)
     stop = []
     signal.signal(signal.SIGINT, lambda *_: stop.append(1) if not stop else sys.exit(130))

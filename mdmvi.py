@@ -396,7 +396,7 @@ def left_to_right_order(denoiser, tokens, canvas, budget, least=0.2, later=0.01)
         logits, _ = denoiser(tokens.masked_fill(masked, denoiser.mask_id))
         log_p = torch.where(masked, token_log_prob(logits, tokens), 0.0)
         by_place = torch.zeros_like(gain[:, 0]).scatter_add_(1, place.clamp(min=0) + 1, log_p)
-        gain[:, a, a:] = by_place[:, a:].cumsum(1) - by_place[:, a : a + 1] - least - later * (L - a)
+        gain[:, a, a:] = by_place[:, a:].cumsum(1) - least - later * (L - a)
     best, cuts = torch.full_like(gain[:, 0], -math.inf), []
     best[:, 0] = 0.0
     total = []

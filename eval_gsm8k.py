@@ -452,7 +452,7 @@ def load_checkpoint(path, device="cpu"):
         raise UserError(f"checkpoint {path} is damaged or not a checkpoint ({type(error).__name__}): {advice}")
     if not isinstance(checkpoint, dict) or checkpoint.get("program") != "mdmvi":
         raise UserError(f"checkpoint {path} was written by another program: {advice}")
-    if "order_steps" not in checkpoint or "on_canvas" not in checkpoint["posterior"]:
+    if "order_steps" not in checkpoint or "level.weight" not in checkpoint["posterior"]:
         raise UserError(f"checkpoint {path} was written by an older version: train again")
     return checkpoint
 

@@ -551,26 +551,24 @@ def test_denoiser_contract():
 
 
 @pytest.mark.parametrize("T", [1, 2, 3, 4, 6])
-def test_left_to_right_order_is_the_best_of_all(T):
-    """Against all ways of cutting the canvas into at most T runs, priced one by one."""
+@pytest.mark.parametrize("line", [mdmvi.left_to_right, mdmvi.easiest_first])
+def test_best_order_is_the_best_of_all_along_its_line(line, T):
+    """Against all ways of cutting the line into at most T runs, priced one by one."""
     least, later, toy = 0.2, 0.02, Toy(seed=3)
     tokens = torch.cartesian_prod(*[torch.arange(3)] * 4)[::2]
     canvas = torch.ones_like(tokens).bool()
     canvas[::3, 1] = False  # a canvas with a hole, and rows of unequal length
-    found = mdmvi.left_to_right_order(toy, tokens, canvas, T, least, later)
+    found = mdmvi.best_order(toy, tokens, canvas, T, line, least, later)
     longest, several = 4, set()
     for row, on, got in zip(tokens, canvas, found):
-        where, prices = places(on), {}
+        where, prices = slow_line(toy, line, row, on), {}
         for cuts in itertools.product([0, 1], repeat=len(where) - 1):
             if sum(cuts) >= T:
                 continue
             steps = np.cumsum([0, *cuts])
             value = 0.0
             for n, (place, step) in enumerate(zip(where, steps)):
-                hidden = [p for p, s in zip(where, steps) if s >= step]
-                x = row.clone()
-                x[hidden] = toy.mask_id
-                value += toy(x[None])[0][0, place].log_softmax(-1)[row[place]].item()
+                value += log_prob_with_hidden(toy, row, [p for p, s in zip(where, steps) if s >= step])[place, row[place]].item()
                 if n and steps[n] != steps[n - 1]:
                     value -= least + later * (longest - n)
             prices[tuple(steps.tolist())] = value
@@ -580,14 +578,51 @@ def test_left_to_right_order_is_the_best_of_all(T):
     assert len(several) == min(T, 4)  # easy ones take fewer steps
 
 
+def log_prob_with_hidden(toy, row, hidden):
+    x = row.clone()
+    x[hidden] = toy.mask_id
+    return toy(x[None])[0][0].log_softmax(-1).detach()
+
+
+def slow_line(toy, line, row, on):
+    """Positions of one canvas in the order of the line."""
+    rest, found = places(on), []
+    while rest:
+        sure = log_prob_with_hidden(toy, row, rest).amax(-1)
+        found.append(rest[0] if line is mdmvi.left_to_right else max(rest, key=lambda i: sure[i].item()))
+        rest.remove(found[-1])
+    return found
+
+
+@pytest.mark.parametrize("line", [mdmvi.left_to_right, mdmvi.easiest_first])
+def test_lines(line):
+    toy = Toy(seed=5)
+    place = line(toy, X0, CANVAS)
+    assert (place[~CANVAS] == -1).all()
+    for row, on, got in zip(X0, CANVAS, place):
+        assert got[slow_line(toy, line, row, on)].tolist() == list(range(int(on.sum())))
+
+
 def test_posterior_starts_with_all_scores_alike_and_sees_the_canvas():
     model, (tokens, canvas) = tiny_denoiser(n_layer=1), problems()
     posterior = mdmvi.OrderPosterior(model.config)
     assert (posterior(tokens, canvas) == posterior(tokens, canvas)[0, 0]).all()
-    torch.nn.init.normal_(posterior.score.weight)
+    torch.nn.init.normal_(posterior.level.weight)
     torch.nn.init.normal_(posterior.on_canvas)
     assert not torch.equal(posterior(tokens, canvas), posterior(tokens, ~canvas))
     assert torch.equal(posterior(tokens), posterior(tokens, torch.zeros_like(canvas)))
+
+
+def test_scores_of_a_posterior_that_is_sure_of_its_levels():
+    model, (tokens, canvas) = tiny_denoiser(n_layer=1), problems()
+    posterior = mdmvi.OrderPosterior(model.config, levels=3)
+    logits = 9.0 * torch.randn(*tokens.shape, 3, generator=rng(0))
+    posterior.level_logits = lambda x, on: logits
+    p = torch.softmax(2.0 * logits, -1)
+    assert torch.allclose(posterior(tokens, canvas), -0.4 * (p[..., 0] + 2 * p[..., 1] + 3 * p[..., 2]))
+    sure = p.amax(-1) > 0.999
+    assert sure.float().mean() > 0.5
+    assert torch.allclose(posterior(tokens, canvas)[sure], -0.4 * (1 + logits.argmax(-1)[sure]), atol=1e-3)
 
 
 def test_the_posterior_waits_for_the_policy():
@@ -602,6 +637,7 @@ def test_posterior_starts_from_the_denoiser():
     assert (posterior(tokens) < 0).all()
     ours, theirs = posterior.trunk.blocks[1].qkv.weight, model.trunk.blocks[1].qkv.weight
     assert torch.equal(ours, theirs) and ours.data_ptr() != theirs.data_ptr()
+    assert not posterior.trunk.wte.weight.requires_grad and ours.requires_grad and model.trunk.wte.weight.requires_grad
 
 
 def test_a_plain_function_is_a_denoiser():

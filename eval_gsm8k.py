@@ -452,7 +452,7 @@ def load_checkpoint(path, device="cpu"):
         raise UserError(f"checkpoint {path} is damaged or not a checkpoint ({type(error).__name__}): {advice}")
     if not isinstance(checkpoint, dict) or checkpoint.get("program") != "mdmvi":
         raise UserError(f"checkpoint {path} was written by another program: {advice}")
-    if "order_steps" not in checkpoint or "level.weight" not in checkpoint["posterior"]:
+    if "policy_layers" not in checkpoint:
         raise UserError(f"checkpoint {path} was written by an older version: train again")
     return checkpoint
 
@@ -461,7 +461,7 @@ def build_models(checkpoint, device="cpu"):
     """(denoiser, policy, posterior, plain): `plain` is the equal-compute baseline's denoiser, or None;
     `policy` is None where no order was trained."""
     config = mdmvi.ModelConfig(**checkpoint["config"])
-    denoiser, policy = mdmvi.Denoiser(config), mdmvi.UnmaskPolicy(config)
+    denoiser, policy = mdmvi.Denoiser(config), mdmvi.UnmaskPolicy(config, checkpoint["policy_layers"])
     posterior = mdmvi.OrderPosterior(config)
     plain = mdmvi.Denoiser(config) if checkpoint["plain"] is not None else None
     for name, model in dict(denoiser=denoiser, policy=policy, posterior=posterior, plain=plain).items():

@@ -157,16 +157,19 @@ def smdm_name(name):
 class UnmaskPolicy(nn.Module):
     """pi_i(x_s) = sigmoid(pi_logits): hidden [B, N, D] -> pi_logits [B, N] (R for the form).
 
-    A two-layer head on the denoiser's last hidden states, so that a step of generation costs one pass.
+    A small head on the denoiser's last hidden states, so that a step of generation costs one pass; n_layer: its
+    hidden layers.
     """
 
-    def __init__(self, config):
+    def __init__(self, config, n_layer=1):
         super().__init__()
-        self.inner = nn.Linear(config.n_embd, config.n_embd)
+        self.inner = nn.ModuleList(nn.Linear(config.n_embd, config.n_embd) for _ in range(n_layer))
         self.outer = nn.Linear(config.n_embd, 1)
 
     def forward(self, hidden):
-        return self.outer(F.silu(self.inner(hidden))).squeeze(-1).float()
+        for layer in self.inner:
+            hidden = F.silu(layer(hidden))
+        return self.outer(hidden).squeeze(-1).float()
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -388,43 +391,23 @@ def order_elbo(denoiser, policy, posterior, tokens, canvas, budget, tau, samples
 
 
 @torch.no_grad()
-def left_to_right(denoiser, tokens, canvas):
-    """A line through the canvas as it is written: place int64 [B, N], 0 first, -1 off the canvas."""
-    return torch.where(canvas, canvas.cumsum(1) - 1, -1)
+def left_to_right_order(denoiser, tokens, canvas, budget, least=0.2, later=0.01):
+    """The best left-to-right order of known tokens in `budget` steps: step int64 [B, N], -1 off the canvas.
 
-
-@torch.no_grad()
-def easiest_first(denoiser, tokens, canvas):
-    """A line through the canvas from the surest token on, known tokens revealed one by one: place int64 [B, N].
-
-    For canvases without a direction, like the blanks of a grid. One forward pass for each place.
-    """
-    masked, place = canvas, torch.full_like(tokens, -1)
-    for a in range(int(canvas.sum(1).max())):
-        logits, _ = denoiser(tokens.masked_fill(masked, denoiser.mask_id))
-        surest = top_1(rule_score("top_prob", logits), masked)
-        place, masked = place.masked_fill(surest, a), masked & ~surest
-    return place
-
-
-@torch.no_grad()
-def best_order(denoiser, tokens, canvas, budget, line=left_to_right, least=0.2, later=0.01):
-    """The best order of known tokens along a line in `budget` steps: step int64 [B, N], -1 off the canvas.
-
-    The line is cut into at most T runs of neighbours, one a step, by dynamic programming: with
-    cost(a, b) = - sum_{a <= i < b} log p(x_0^i | all before a), the price of revealing a .. b-1 together,
-    best_k(b) = min_a best_{k-1}(a) + cost(a, b). One forward pass for each place of the line gives all costs.
+    The canvas is cut into at most T runs of neighbours, one a step, by dynamic programming: with
+    cost(a, b) = - sum_{a <= i < b} log p(x_0^i | all left of a), the price of revealing a .. b-1 together,
+    best_k(b) = min_a best_{k-1}(a) + cost(a, b). One forward pass for each place of the canvas gives all costs.
     So a cut falls where a token has to be known before the next can be, and nowhere else: a cut has to gain
-    `least` nats, and of cuts about as good the one furthest along is taken (`later` nats a place).
+    `least` nats, and of cuts about as good the one furthest right is taken (`later` nats a place).
 
     This is where the posterior starts (ours, not in [F]): the gradient of the bound improves on an order, but
     does not find one from nothing.
     """
     (B, _), L, T = tokens.shape, int(canvas.sum(1).max()), budget
-    place = line(denoiser, tokens, canvas)
+    place = canvas.cumsum(1) - 1
     gain = torch.full((B, L, L + 1), -math.inf, device=tokens.device)  # minus the cost of [a, b), and of the cut
     for a in range(L):
-        masked = place >= a
+        masked = canvas & (place >= a)
         logits, _ = denoiser(tokens.masked_fill(masked, denoiser.mask_id))
         log_p = torch.where(masked, token_log_prob(logits, tokens), 0.0)
         by_place = torch.zeros_like(gain[:, 0]).scatter_add_(1, place.clamp(min=0) + 1, log_p)
@@ -443,6 +426,22 @@ def best_order(denoiser, tokens, canvas, budget, line=left_to_right, least=0.2, 
         step = torch.where((place >= start[:, None]) & (place < end[:, None]), k, step)
         end = start
     return torch.where(canvas, step, -1)
+
+
+@torch.no_grad()
+def sure_first_order(denoiser, tokens, canvas, budget, sure=0.95):
+    """Known tokens in the order in which the denoiser becomes sure of them: step int64 [B, N], -1 off the canvas.
+
+    Each step reveals, as known, all places whose most likely token has a probability above `sure` (the surest
+    one where there is none), the last step all that is left. For canvases without a direction, like a grid.
+    """
+    masked, step = canvas, torch.full_like(tokens, -1)
+    for s in range(budget):
+        logits, _ = denoiser(tokens.masked_fill(masked, denoiser.mask_id))
+        p = logits.float().softmax(-1).amax(-1)
+        reveal = masked if s == budget - 1 else masked & (p > sure) | top_1(p, masked)
+        step, masked = step.masked_fill(reveal, s), masked & ~reveal
+    return step
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -551,17 +551,16 @@ def test_denoiser_contract():
 
 
 @pytest.mark.parametrize("T", [1, 2, 3, 4, 6])
-@pytest.mark.parametrize("line", [mdmvi.left_to_right, mdmvi.easiest_first])
-def test_best_order_is_the_best_of_all_along_its_line(line, T):
-    """Against all ways of cutting the line into at most T runs, priced one by one."""
+def test_left_to_right_order_is_the_best_of_all(T):
+    """Against all ways of cutting the canvas into at most T runs, priced one by one."""
     least, later, toy = 0.2, 0.02, Toy(seed=3)
     tokens = torch.cartesian_prod(*[torch.arange(3)] * 4)[::2]
     canvas = torch.ones_like(tokens).bool()
     canvas[::3, 1] = False  # a canvas with a hole, and rows of unequal length
-    found = mdmvi.best_order(toy, tokens, canvas, T, line, least, later)
+    found = mdmvi.left_to_right_order(toy, tokens, canvas, T, least, later)
     longest, several = 4, set()
     for row, on, got in zip(tokens, canvas, found):
-        where, prices = slow_line(toy, line, row, on), {}
+        where, prices = places(on), {}
         for cuts in itertools.product([0, 1], repeat=len(where) - 1):
             if sum(cuts) >= T:
                 continue
@@ -584,23 +583,23 @@ def log_prob_with_hidden(toy, row, hidden):
     return toy(x[None])[0][0].log_softmax(-1).detach()
 
 
-def slow_line(toy, line, row, on):
-    """Positions of one canvas in the order of the line."""
-    rest, found = places(on), []
-    while rest:
-        sure = log_prob_with_hidden(toy, row, rest).amax(-1)
-        found.append(rest[0] if line is mdmvi.left_to_right else max(rest, key=lambda i: sure[i].item()))
-        rest.remove(found[-1])
-    return found
-
-
-@pytest.mark.parametrize("line", [mdmvi.left_to_right, mdmvi.easiest_first])
-def test_lines(line):
-    toy = Toy(seed=5)
-    place = line(toy, X0, CANVAS)
-    assert (place[~CANVAS] == -1).all()
-    for row, on, got in zip(X0, CANVAS, place):
-        assert got[slow_line(toy, line, row, on)].tolist() == list(range(int(on.sum())))
+@pytest.mark.parametrize("T", [1, 2, 3, 5])
+def test_sure_first_order(T):
+    toy, sure, several = Toy(seed=3), 0.7, set()
+    tokens = torch.cartesian_prod(*[torch.arange(3)] * 4)[::2]
+    canvas = torch.ones_like(tokens).bool()
+    canvas[::3, 1] = False
+    for row, on, got in zip(tokens, canvas, mdmvi.sure_first_order(toy, tokens, canvas, T, sure)):
+        rest, expected = places(on), {}
+        for s in range(T):
+            p = log_prob_with_hidden(toy, row, rest).exp().amax(-1)
+            now = [i for i in rest if p[i] > sure] or sorted(rest, key=lambda i: p[i].item())[-1:]
+            now = rest if s == T - 1 else now
+            expected.update({i: s for i in now})
+            rest = [i for i in rest if i not in now]
+        assert got.tolist() == [expected.get(i, -1) for i in range(4)]
+        several.add(max(expected.values()))
+    assert len(several) == min(T, 4)
 
 
 def test_posterior_starts_with_all_scores_alike_and_sees_the_canvas():
@@ -1453,8 +1452,10 @@ def test_stage_1_only(trained, tmp_path, capsys):
 def test_defaults_of_each_task(task):
     needed = ["--task", task, *["--data", "x"] * (task == "gsm8k")]
     args, given = vars(train.parse_args(needed)), {name: "6m" if name == "size" else value + 1 for name, value in train.DEFAULTS[task].items()}
+    given["freeze_denoiser"] = not train.DEFAULTS[task]["freeze_denoiser"]
     assert {name: args[name] for name in given} == train.DEFAULTS[task]
-    flags = [part for name, value in given.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    flags = [part for name, value in given.items() for part in (f"--{name.replace('_', '-')}", str(value)) if name != "freeze_denoiser"]
+    flags.append("--freeze-denoiser" if given["freeze_denoiser"] else "--no-freeze-denoiser")
     changed = vars(train.parse_args(needed + flags))
     assert {name: changed[name] for name in given} == given
     assert all(set(values) == set(given) for values in train.DEFAULTS.values())

@@ -36,13 +36,17 @@ from eval_gsm8k import UserError
 SIZES = {"tiny": (2, 2, 64, 128), "small": (4, 4, 96, 256), "6m": (8, 8, 256, 680), "170m": (18, 12, 768, 3072)}
 STAGES = ("plain", "baseline", "search", "order")
 # What differs between the tasks where a flag is not given
+STAGE_2 = dict(order_batch=8, paths=8, head_lr=3e-3, policy_layers=1, freeze_denoiser=False, search=1024, search_steps=300)
 DEFAULTS = {
-    "arithmetic": dict(size="small", steps=2800, batch=32, lr=6e-3, order_steps=800, search=1024, budget=5),
-    "gsm8k": dict(size="small", steps=3000, batch=32, lr=6e-3, order_steps=800, search=1024, budget=5),
-    "sudoku": dict(size="small", steps=5500, batch=32, lr=6e-3, order_steps=600, search=1024, budget=9),
-    "pairs": dict(size="tiny", steps=4000, batch=64, lr=1e-2, order_steps=0, search=0, budget=1),
-}
-START_LR = 1e-2  # of the posterior while it learns the orders it starts from
+    "arithmetic": dict(STAGE_2, size="small", steps=2800, batch=32, lr=6e-3, order_steps=800, budget=5),
+    "gsm8k": dict(STAGE_2, size="small", steps=3000, batch=32, lr=6e-3, order_steps=800, budget=5),
+    "sudoku": dict(
+        size="small", steps=5500, batch=32, lr=6e-3, order_steps=300, budget=9,
+        order_batch=64, paths=1, head_lr=1e-3, policy_layers=2, freeze_denoiser=True, search=4096, search_steps=3000,
+    ),
+    "pairs": dict(STAGE_2, size="tiny", steps=4000, batch=64, lr=1e-2, order_steps=0, budget=1),
+}  # fmt: skip
+START_LR = 1e-2  # of the posterior, or the policy, while it learns the orders that stage 2 starts from
 BF16_PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12, "3090": 71e12}  # dense FLOP/s
 
 
@@ -70,17 +74,18 @@ def parse_args(argv=None):
     add("--batch", type=int, help=f"stage 1: sequences a step ({by_task('batch')})")
     add("--lr", type=float, help=f"stage 1: peak learning rate ({by_task('lr')})")
     add("--order-steps", type=int, help=f"stage 2: steps; the baseline sees as many sequences; 0: stage 1 only ({by_task('order_steps')})")
-    add("--order-batch", type=int, default=8, help="stage 2: problems a step")
-    add("--paths", type=int, default=8, help="stage 2: paths a problem (K)")
+    add("--order-batch", type=int, help=f"stage 2: problems a step ({by_task('order_batch')})")
+    add("--paths", type=int, help=f"stage 2: paths a problem, K ({by_task('paths')})")
     add("--order-lr", type=float, default=1e-3, help="stage 2 and baseline: peak learning rate of the denoiser")
-    add("--head-lr", type=float, default=3e-3, help="stage 2: peak learning rate of the policy")
+    add("--head-lr", type=float, help=f"stage 2: peak learning rate of the policy ({by_task('head_lr')})")
+    add("--policy-layers", type=int, help=f"stage 2: hidden layers of the policy ({by_task('policy_layers')})")
     add("--posterior-lr", type=float, default=3e-3, help="stage 2: peak learning rate of the posterior")
     add("--budget", type=int, help=f"stage 2: steps of generation (T) ({by_task('budget')})")
-    add("--search", type=int, help=f"stage 2: problems whose best orders the posterior starts from; 0: all tokens at once ({by_task('search')})")
-    add("--search-steps", type=int, default=300, help="stage 2: steps in which the posterior learns these orders")
+    add("--search", type=int, help=f"stage 2: problems whose best orders it starts from; 0: from nothing ({by_task('search')})")
+    add("--search-steps", type=int, help=f"stage 2: steps in which these orders are learned ({by_task('search_steps')})")
     add("--tau", type=float, default=0.1, help="stage 2: temperature of the posterior")
     add("--optimizer", default="muon", choices=("muon", "adamw"), help="muon: Muon for the blocks' matrices, AdamW for the rest")
-    add("--freeze-denoiser", action="store_true", help="stage 2: train the policy and the posterior only")
+    add("--freeze-denoiser", action=argparse.BooleanOptionalAction, help=f"stage 2: leave the denoiser as it is ({by_task('freeze_denoiser')})")
     add("--no-baseline", action="store_true", help="leave out the equal-compute plain baseline")
     add("--accumulate", type=int, default=1, help="split each step into so many micro-batches")
     add("--save-every", type=int, default=200, help="steps between checkpoints")
@@ -94,7 +99,7 @@ def parse_args(argv=None):
     for name, value in DEFAULTS[args.task].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    for name in ("budget", "order_batch", "batch", "paths", "accumulate", "save_every"):
+    for name in ("budget", "order_batch", "batch", "paths", "accumulate", "save_every", "policy_layers"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be at least 1")
     eval_gsm8k.check_device(args.device)
@@ -188,8 +193,22 @@ class Run:
     def begin_orders(self):
         """New policy and posterior, as stage 2 starts with them."""
         torch.manual_seed(self.args.seed)
-        self.policy = mdmvi.UnmaskPolicy(self.config).to(self.device)
+        self.policy = mdmvi.UnmaskPolicy(self.config, self.args.policy_layers).to(self.device)
         self.posterior = mdmvi.OrderPosterior(self.config).to(self.device).start_from(self.denoiser)
+
+    def without_latent(self, n):
+        """The denoiser as the searches for orders take one: a latent, if it has one, is 0 for all n sequences."""
+        if not self.args.latent_dim:
+            return self.denoiser
+        return mdmvi.given(self.denoiser, torch.zeros(n, self.args.latent_dim, device=self.device))
+
+    def log_alpha(self, tokens, canvas):
+        """The posterior over orders. Which cells of a grid follow from which is more than a small network can tell
+        from the solution, so there the search itself is q, and nothing in it is learned."""
+        if self.args.task != "sudoku":
+            return self.posterior(tokens, canvas)
+        step = mdmvi.sure_first_order(self.without_latent(len(tokens)), tokens, canvas, self.args.budget)
+        return -self.posterior.SPACING * (step + 1.0)
 
     def copy_plain(self):
         """The baseline goes on from where stage 1 ended."""
@@ -201,7 +220,7 @@ class Run:
         state = {
             "program": "mdmvi", "task": self.args.task, "answers": self.args.answers,
             "canvas_len": self.args.canvas_len, "items": self.args.items, "box": self.args.box, "pairs": self.args.pairs,
-            "budget": self.args.budget, "tau": self.args.tau, "seed": self.args.seed, "order_steps": self.args.order_steps,
+            "policy_layers": self.args.policy_layers, "budget": self.args.budget, "tau": self.args.tau, "seed": self.args.seed, "order_steps": self.args.order_steps,
             "config": asdict(self.config), "tokenizer": self.tokenizer.pieces,
             "denoiser": self.denoiser.state_dict(), "policy": self.policy.state_dict(),
             "posterior": self.posterior.state_dict(), "plain": self.plain.state_dict() if self.plain else None,
@@ -213,7 +232,7 @@ class Run:
 
     def load(self, path):
         state = eval_gsm8k.load_checkpoint(path, self.device)
-        for name, here in (("task", self.args.task), ("answers", self.args.answers), ("items", self.args.items), ("box", self.args.box), ("pairs", self.args.pairs), ("canvas_len", self.args.canvas_len), ("config", asdict(self.config))):
+        for name, here in (("task", self.args.task), ("answers", self.args.answers), ("items", self.args.items), ("box", self.args.box), ("pairs", self.args.pairs), ("canvas_len", self.args.canvas_len), ("policy_layers", self.args.policy_layers), ("config", asdict(self.config))):
             if state[name] != here:
                 raise UserError(f"{path} has {name} {state[name]}, this run has {here}: give the flags it was trained with, or another --out")
         if state["stage"] == "done" and not state["order_steps"] and self.args.order_steps:
@@ -339,14 +358,16 @@ def stage_setup(run, stage):
     if stage == "order":
         denoiser = compiled(run.denoiser, args)
         run.denoiser.requires_grad_(not args.freeze_denoiser)
-        modules = {run.policy: args.head_lr, run.posterior: args.posterior_lr}
+        modules = {run.policy: args.head_lr}
+        if args.task != "sudoku":
+            modules[run.posterior] = args.posterior_lr
         if not args.freeze_denoiser:
             modules[run.denoiser] = args.order_lr
 
         order_loss = mdmvi.vmd_order_loss if args.latent_dim else mdmvi.order_loss
 
         def loss(tokens, canvas):
-            return order_loss(denoiser, run.policy, run.posterior, tokens.long(), canvas, args.budget, args.tau, args.paths, g)
+            return order_loss(denoiser, run.policy, run.log_alpha, tokens.long(), canvas, args.budget, args.tau, args.paths, g)
 
         return modules, args.order_steps, args.order_batch, loss
     model = run.denoiser if stage == "plain" else run.plain
@@ -443,34 +464,55 @@ def train_stage(run, stage, tokens, canvas, stop, log):
 
 
 def start_orders(run, tokens, canvas, stop):
-    """Begin stage 2: a posterior that has learned the best orders of some training problems."""
+    """Begin stage 2 from the best orders of some training problems: the posterior learns them, or on a grid,
+    where the search itself is the posterior, the policy does."""
     args, g = run.args, torch.Generator(run.device).manual_seed(run.args.seed)
     run.begin_orders()
     if args.search == 0:
         return
+    search = mdmvi.sure_first_order if args.task == "sudoku" else mdmvi.left_to_right_order
     rows = torch.randperm(len(tokens), device=run.device, generator=g)[: args.search]
-    tokens, canvas, step = tokens[rows].long(), canvas[rows], []
-    line = mdmvi.easiest_first if args.task == "sudoku" else mdmvi.left_to_right  # a grid has no left to right
+    tokens, canvas, step, states = tokens[rows].long(), canvas[rows], [], []
     for x, on in tqdm(list(zip(tokens.split(64), canvas.split(64))), desc="search", unit="batch", dynamic_ncols=True):
-        z = torch.zeros(len(x), args.latent_dim, device=run.device)
-        denoiser = mdmvi.given(run.denoiser, z) if args.latent_dim else run.denoiser
         with autocast(run.device):
-            step.append(mdmvi.best_order(denoiser, x, on, args.budget, line))
+            step.append(search(run.without_latent(len(x)), x, on, args.budget))
+            if args.task == "sudoku":
+                states += states_of(run, x, step[-1])
         check(stop, "in the search for orders")
-    step = torch.cat(step).clamp(max=run.posterior.level.out_features - 1)
+    if args.task == "sudoku":
+        hidden, reveal = map(torch.cat, zip(*states))
+        learner, data, batch = run.policy, (hidden, reveal), 1024
 
-    def loss_of(x, on, step):
-        levels = run.posterior.level_logits(x, on)
-        return F.cross_entropy(levels.flatten(0, 1), step.flatten(), ignore_index=-1), {}
+        def loss_of(hidden, reveal):
+            return F.binary_cross_entropy_with_logits(run.policy(hidden), reveal), {}
+    else:
+        step = torch.cat(step).clamp(max=run.posterior.level.out_features - 1)
+        learner, data, batch = run.posterior, (tokens, canvas, step), min(64, len(rows))
 
-    optimizers = make_optimizers({run.posterior: START_LR}, args)
-    bar = tqdm(range(args.search_steps), desc="posterior", unit="step", dynamic_ncols=True)
+        def loss_of(x, on, step):
+            levels = run.posterior.level_logits(x, on)
+            return F.cross_entropy(levels.flatten(0, 1), step.flatten(), ignore_index=-1), {}
+
+    optimizers = make_optimizers({learner: START_LR}, args)
+    bar = tqdm(range(args.search_steps), desc="learning orders", unit="step", dynamic_ncols=True)
     for s in bar:
         share = share_of_peak(s, args.search_steps)
-        loss, _ = train_step(optimizers, share, share, loss_of, (tokens, canvas, step), min(64, len(rows)), 1, g)
+        loss, _ = train_step(optimizers, share, share, loss_of, data, batch, 1, g)
         if s % 20 == 0:
             bar.set_postfix_str(f"loss {float(loss):.3f}", refresh=False)
         check(stop, "in the search for orders")
+
+
+@torch.no_grad()
+def states_of(run, tokens, step):
+    """What the policy sees on the way of each order, and should do: a list of (hidden [M, D], reveal [M]), one for
+    each step but the last, over the M cells that are masked in it."""
+    states = []
+    for s in range(run.args.budget - 1):
+        masked = step >= s
+        hidden = run.without_latent(len(tokens))(tokens.masked_fill(masked, run.denoiser.mask_id))[1]
+        states.append((hidden[masked].float(), (step == s)[masked].float()))
+    return states
 
 
 def trim_log(path, stage, step):
@@ -523,7 +565,7 @@ def report(run, problems):
     bound = lambda *models: float(elbo(*models, x, on, args.budget, args.tau, 4, generator).sum() / on.sum())
     print(f"\nELBO at T={args.budget}, nats per canvas token, {len(x)} held-out problems, 4 paths each:")
     if args.order_steps:
-        print(f"  learned order                      {bound(denoiser, policy, posterior):.4f}")
+        print(f"  learned order                      {bound(denoiser, policy, run.log_alpha):.4f}")
     print(f"  uniform random order, same model   {bound(denoiser, None, None):.4f}")
     if plain is not None:
         print(f"  uniform random order, plain model  {bound(plain, None, None):.4f}")

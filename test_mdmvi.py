@@ -1412,6 +1412,36 @@ def test_embedded_tasks_end_to_end(small, tmp_path, monkeypatch, capsys, flags):
             assert run(sample, wrong, *shown) == 2
             assert capsys.readouterr().err.count("\n") == 1
 
+def test_a_grid_has_the_search_for_posterior_and_its_policy_learns_the_states_on_the_way(small):
+    args = train.parse_args([*TINY, *"--task sudoku --box 2x2 --seed 3 --search 64 --search-steps 200".split()])
+    problems = eval_gsm8k.sudoku_problems(64, 0, False, (2, 2))
+    grid = train.Run(args, train.make_tokenizer(args, problems))
+    tokens, canvas, _ = eval_gsm8k.encode_problems(problems, grid.tokenizer, args.max_len, args.canvas_len)
+    x, on = tokens.long(), canvas
+    torch.nn.init.normal_(grid.denoiser.lm_head.weight)  # sure of some cells and not of others
+    step = mdmvi.sure_first_order(grid.denoiser, x, on, args.budget)
+    assert step.amax() > 1
+    assert torch.equal(grid.log_alpha(x, on), -0.4 * (step + 1.0))
+    masked, _ = mdmvi.draw_path(grid.log_alpha(x, on), on, torch.full((64,), 2), 0.001, rng(0))
+    assert torch.equal(masked, step >= 2)  # q follows the search
+
+    states = train.states_of(grid, x, step)
+    assert len(states) == args.budget - 1
+    for s, (hidden, reveal) in enumerate(states):
+        cells = [(i, j) for i in range(64) for j in range(x.shape[1]) if step[i, j] >= s]
+        assert reveal.tolist() == [float(step[i, j] == s) for i, j in cells]
+        for (i, j), h in list(zip(cells, hidden))[::50]:
+            seen = torch.where(step[i] >= s, grid.denoiser.mask_id, x[i])
+            assert torch.allclose(h, grid.denoiser(seen[None])[1][0, j], atol=1e-4)
+
+    def loss():
+        hidden, reveal = map(torch.cat, zip(*states))
+        return F.binary_cross_entropy_with_logits(grid.policy(hidden), reveal).item()
+
+    before = loss()
+    train.start_orders(grid, tokens, canvas, [])
+    assert loss() < 0.7 * before
+
 
 @pytest.mark.parametrize(
     "flags, name",

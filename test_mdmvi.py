@@ -1421,8 +1421,8 @@ def test_a_grid_has_the_search_for_posterior_and_its_policy_learns_the_states_on
     torch.nn.init.normal_(grid.denoiser.lm_head.weight)  # sure of some cells and not of others
     step = mdmvi.sure_first_order(grid.denoiser, x, on, args.budget)
     assert step.amax() > 1
-    assert torch.equal(grid.log_alpha(x, on), -0.4 * (step + 1.0))
-    masked, _ = mdmvi.draw_path(grid.log_alpha(x, on), on, torch.full((64,), 2), 0.001, rng(0))
+    assert torch.equal(grid.log_alpha(x, on), -1.0 * (step + 1.0))
+    masked, _ = mdmvi.draw_path(grid.log_alpha(x, on), on, torch.full((64,), 2), args.tau, rng(0))
     assert torch.equal(masked, step >= 2)  # q follows the search
 
     states = train.states_of(grid, x, step)

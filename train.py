@@ -38,7 +38,7 @@ STAGES = ("plain", "baseline", "search", "order")
 # What differs between the tasks where a flag is not given
 STAGE_2 = dict(order_batch=8, paths=8, head_lr=3e-3, policy_layers=1, freeze_denoiser=False, search=2048, search_steps=400)
 DEFAULTS = {
-    "arithmetic": dict(STAGE_2, size="small", steps=2600, batch=32, lr=6e-3, order_steps=800, budget=5),
+    "arithmetic": dict(STAGE_2, size="small", steps=3000, batch=32, lr=6e-3, order_steps=900, budget=5),
     "gsm8k": dict(STAGE_2, size="small", steps=3000, batch=32, lr=6e-3, order_steps=800, budget=5),
     "sudoku": dict(
         size="small", steps=5500, batch=32, lr=6e-3, order_steps=300, budget=9,
@@ -57,7 +57,7 @@ def parse_args(argv=None):
     add("--task", default="arithmetic", help="arithmetic, sudoku, pairs (embedded, no download) or gsm8k (needs --data)")
     add("--data", help="gsm8k: a .json/.jsonl(.gz/.xz) file, a folder of them, or a hub name")
     add("--answers", default="equations", choices=("equations", "full"), help="gsm8k: only the <<...>> notes, or the whole solution")
-    add("--items", type=int, default=3, help="arithmetic: problems of 1 to so many changes")
+    add("--items", type=int, default=2, help="arithmetic: problems of 1 to so many changes")
     add("--box", default="2x3", help="sudoku: rows x columns of a box; 3x3 is the 9x9 grid")
     add("--pairs", default="d1", choices=eval_gsm8k.PAIRS, help="pairs: weights of the ten pairs, d1 uniform, d2 rising")
     add("--latent-dim", type=int, default=0, help="dimensions of a latent shared by all tokens, trained for generation in --budget steps (0: none)")
@@ -79,7 +79,7 @@ def parse_args(argv=None):
     add("--order-lr", type=float, default=1e-3, help="stage 2 and baseline: peak learning rate of the denoiser")
     add("--head-lr", type=float, help=f"stage 2: peak learning rate of the policy ({by_task('head_lr')})")
     add("--policy-layers", type=int, help=f"stage 2: hidden layers of the policy ({by_task('policy_layers')})")
-    add("--posterior-lr", type=float, default=3e-3, help="stage 2: peak learning rate of the posterior")
+    add("--posterior-lr", type=float, default=1e-3, help="stage 2: peak learning rate of the posterior")
     add("--budget", type=int, help=f"stage 2: steps of generation (T) ({by_task('budget')})")
     add("--search", type=int, help=f"stage 2: problems whose best orders it starts from; 0: from nothing ({by_task('search')})")
     add("--search-steps", type=int, help=f"stage 2: steps in which these orders are learned ({by_task('search_steps')})")

@@ -550,9 +550,10 @@ def rule_score(strategy, logits, generator=None):
         return torch.rand(B, N, device=logits.device, generator=generator)
     if strategy == "left_to_right":
         return -torch.arange(N, device=logits.device).float().expand(B, N)
-    p = logits.float().softmax(-1)
     if strategy == "entropy":
-        return -torch.special.entr(p).sum(-1)
+        log_p = logits.float().log_softmax(-1)
+        return (log_p.exp() * log_p.clamp(min=-1e30)).sum(-1)  # the MASK token has log p = -inf
+    p = logits.float().softmax(-1)
     if strategy == "top_prob_margin":
         best, second = p.topk(2, dim=-1).values.unbind(-1)
         return best - second

@@ -630,12 +630,13 @@ def benchmark(args, repeats=5):
         print(f"\nsampling {n} sequences, budget {args.budget}; overhead: wall time / (forward passes taken x bare forward time)")
         for strategy in mdmvi.STRATEGIES:
             sample = lambda: mdmvi.generate(run.denoiser, rows, on, strategy, args.budget, policy=run.policy, generator=g)
-            bare, wall, passes = [], [], float(sample().steps.sum()) / n
-            for _ in range(repeats):
-                bare += seconds_of(forward, run.device, 2)
+            passes, wall, overhead = float(sample().steps.sum()) / n, [], []
+            for _ in range(repeats):  # each beside its own forward passes: the machine's speed drifts
+                bare = sum(seconds_of(forward, run.device, args.budget)) / args.budget
                 wall += seconds_of(sample, run.device, 1)
-            bare, wall = sorted(bare)[repeats], sorted(wall)[repeats // 2]
-            print(f"{strategy:16s} {n / wall:9.1f} problems/s  {passes:5.2f} steps  overhead {wall / (passes * bare):.2f}")
+                overhead.append(wall[-1] / (passes * bare))
+            middle = lambda values: sorted(values)[repeats // 2]
+            print(f"{strategy:16s} {n / middle(wall):9.1f} problems/s  {passes:5.2f} steps  overhead {middle(overhead):.2f}", flush=True)
     print(f"\npeak memory {peak_memory(run.device) / 2**30:.2f} GiB")
 
 

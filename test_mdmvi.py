@@ -1341,6 +1341,13 @@ def test_frozen_denoiser_and_no_baseline(trained, tmp_path):
     assert any(not torch.equal(before["policy"][k], after["policy"][k]) for k in before["policy"])
 
 
+def test_a_frozen_denoiser_is_the_baseline(trained, tmp_path):
+    assert run(train, *gsm8k(trained), "--out", tmp_path, "--freeze-denoiser") == 0
+    before, after = (torch.load(tmp_path / name, weights_only=True) for name in ("plain.pt", "checkpoint.pt"))
+    assert after["plain"] is None and any(not torch.equal(before["plain"][k], before["denoiser"][k]) for k in before["plain"])
+    assert all(torch.equal(before["plain"][k], after["denoiser"][k]) for k in before["plain"])
+
+
 def test_scoring_writes_what_it_prints(trained, tmp_path, capsys):
     args = ["--checkpoint", trained / "out" / "checkpoint.pt", "--data", trained / "data.jsonl", "--problems", 6]
     assert run(eval_gsm8k, *args, "--budget", 2, 3, "--strategies", "iid", "top_prob+eos", "--json", tmp_path / "rows.json") == 0

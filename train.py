@@ -85,7 +85,7 @@ def parse_args(argv=None):
     add("--search-steps", type=int, help=f"stage 2: steps in which these orders are learned ({by_task('search_steps')})")
     add("--tau", type=float, default=0.1, help="stage 2: temperature of the posterior")
     add("--optimizer", default="muon", choices=("muon", "adamw"), help="muon: Muon for the blocks' matrices, AdamW for the rest")
-    add("--freeze-denoiser", action=argparse.BooleanOptionalAction, help=f"stage 2: leave the denoiser as it is ({by_task('freeze_denoiser')})")
+    add("--freeze-denoiser", action=argparse.BooleanOptionalAction, help=f"stage 2: leave the denoiser as the baseline has it ({by_task('freeze_denoiser')})")
     add("--no-baseline", action="store_true", help="leave out the equal-compute plain baseline")
     add("--accumulate", type=int, default=1, help="split each step into so many micro-batches")
     add("--save-every", type=int, default=200, help="steps between checkpoints")
@@ -191,7 +191,10 @@ class Run:
         return self.denoiser, self.policy, self.posterior, self.plain
 
     def begin_orders(self):
-        """New policy and posterior, as stage 2 starts with them."""
+        """New policy and posterior, as stage 2 starts with them. A denoiser that is not trained on is the baseline's:
+        the rules and the learned order share one network."""
+        if self.args.freeze_denoiser and self.plain is not None:
+            self.denoiser, self.plain = self.plain, None
         torch.manual_seed(self.args.seed)
         self.policy = mdmvi.UnmaskPolicy(self.config, self.args.policy_layers).to(self.device)
         self.posterior = mdmvi.OrderPosterior(self.config).to(self.device).start_from(self.denoiser)

@@ -324,11 +324,11 @@ def save_smdm(path, denoiser):
 
 
 def share_of_peak(step, steps):
-    """Learning rate schedule: 1% warm-up, then a cosine down to a tenth of the peak."""
+    """Learning rate schedule: 1% warm-up, then a cosine down to a hundredth of the peak."""
     warm_up = max(1, steps // 100)
     if step < warm_up:
         return (step + 1) / warm_up
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
+    return 0.01 + 0.495 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
 
 
 def share_of_posterior(step, steps):

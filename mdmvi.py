@@ -6,16 +6,19 @@ reveal together is a latent variable r here, learned by variational inference (F
 
     1. model      p_theta(x^i | x_s) and pi_i(x_s): the denoiser and the policy head
     2. posterior  q_phi(r | x_0): an order that is drawn without running the denoiser
-    3. bound      plain MDM loss, the ELBO over orders, its RLOO gradient
+    3. bound      plain MDM loss, the ELBO over orders, its RLOO gradient; orders to start from
     4. latent     optional: one Gaussian z shared by all tokens (VMD; Zhang et al., arXiv 2510.23606, "[V]")
     5. samplers   the learned order and the fixed rules it is compared with
 
 Shapes: B batch, N sequence length, V vocabulary, D width, T = budget (steps). `canvas` is a bool [B, N],
-true where the answer goes; `masked` is the part of it that is still hidden (M_s). All log-probabilities
-are in nats. Passages marked (R) are rebuilt from published summaries of [F], not from its text.
+true where the answer goes, in at least one place of every row; `masked` is the part of it that is still
+hidden (M_s). x_0 is the clean sequence, c its prompt (all off the canvas), and x_s is x_0 with M_s replaced
+by MASK. `generator` is a torch.Generator on the tensors' device, or None for the global one. All
+log-probabilities are in nats. Passages marked (R) are rebuilt from published summaries of [F], not from its text.
 
-A denoiser is anything callable as tokens [B, N] -> (logits [B, N, V], hidden [B, N, D]) that carries the
-attributes `mask_id` and (for eos_aware rules) `eos_id`; `Denoiser` below is one.
+A denoiser is anything callable as tokens int64 [B, N] -> (logits [B, N, V], hidden [B, N, D]) that carries the
+attributes `mask_id` and (for eos_aware rules) `eos_id`, and does not predict MASK; `Denoiser` below is one.
+A policy is a callable hidden -> pi_logits float [B, N], a posterior (tokens, canvas) -> log_alpha float [B, N].
 """
 
 import math
@@ -118,8 +121,8 @@ class Denoiser(nn.Module):
     """p_theta(x^i | x_s): tokens int64 [B, N] -> (logits [B, N, V], hidden [B, N, D]).
 
     The MASK token is never predicted: its logit is -inf if it has one. Raises ValueError where N is
-    longer than `config.max_len`. With `config.latent_dim` it takes z [B, latent_dim] as well (section 4)
-    and carries the encoder of z.
+    longer than `config.max_len`. With `config.latent_dim` it takes z [B, latent_dim] as well (section 4; z = 0
+    where it is left out) and carries the encoder of z.
     """
 
     def __init__(self, config):
@@ -184,14 +187,15 @@ class OrderPosterior(nn.Module):
     """log alpha_phi(c, x_0): clean tokens int64 [B, N] (and canvas bool [B, N]) -> log_alpha [B, N], below 0.
 
     The canvas tells it which tokens are given; where it always is the same part of the text it may be left out.
-    A score is minus SPACING times the token's expected level, 1 first. Levels are classes of a sharpened softmax,
-    so that tokens which go together have scores within tau of each other and others lie SPACING apart: a plain
-    number for each token is noisy at the scale of tau, and the noise takes runs of tokens apart (ours, not in [F]).
+    log alpha = -SPACING * E[level] with levels 1, 2, .. (1 is revealed first), the classes of a softmax sharpened
+    by SHARPEN, so that tokens which go together have scores within tau of each other and others lie SPACING
+    apart (ours, not in [F]): when each token has a number of its own, errors of about tau put tokens that belong
+    together into different steps. SPACING is made for tau = 0.1; change it along with tau.
     n_layer: depth of its own trunk (default: 2, or the denoiser's depth if that is less). Scores start all
     alike, which reveals everything at once; section 3 finds better orders to start from.
     """
 
-    SPACING, SHARPEN = 0.4, 2.0  # four times the usual tau
+    SPACING, SHARPEN = 0.4, 2.0
 
     def __init__(self, config, n_layer=None, levels=32):
         super().__init__()
@@ -238,7 +242,7 @@ def draw_path(log_alpha, canvas, steps, tau, generator=None, max_steps=None):
 
     log_alpha float [B, N]; canvas bool [B, N]; steps int64 [B], how many steps each row takes;
     max_steps: an upper bound on `steps`, known on the host (given, the function does not wait for
-    the GPU). Returns (masked bool [B, N], log_q [B]): what is still hidden, and
+    the GPU; must not be below steps.max()). Returns (masked bool [B, N], log_q [B]): what is still hidden, and
     log q(r_0 .. r_{steps-1} | x_0), differentiable in log_alpha.
     """
     masked, log_q = canvas, log_alpha.new_zeros(len(log_alpha))
@@ -263,17 +267,24 @@ def token_log_prob(logits, tokens):
     return -loss.view(tokens.shape)
 
 
+def at_least_one(**values):
+    """Raise ValueError for the first of the named values that is below 1."""
+    for name, value in values.items():
+        if value < 1:
+            raise ValueError(f"{name} is {value}: it must be at least 1")
+
+
 def stratified_uniform(n, device, generator=None):
-    """n draws in [0, 1), each uniform on its own, evenly spread together (low discrepancy)."""
+    """n draws in [0, 1), fp32 [n], each uniform on its own, evenly spread together (low discrepancy)."""
     u = torch.rand((), device=device, generator=generator)
     return (torch.arange(n, device=device) / n + u) % 1.0
 
 
 def mdm_loss(denoiser, tokens, canvas, generator=None, budget=None):
-    """Plain masked-diffusion loss, nats per canvas token (scalar): the negative of `mdm_elbo`, in one draw.
+    """Plain masked-diffusion loss, nats per canvas token (scalar): one draw of the mean of -mdm_elbo / L.
 
     t ~ U(0, 1]; each canvas token is masked with probability t; sum over masked of CE / t over the
-    canvas length (SMDM's objective). tokens int64 [B, N] clean; canvas bool [B, N], not empty in any row.
+    canvas length L (SMDM's objective). tokens int64 [B, N] clean; canvas bool [B, N].
     budget: given, t is one of 1/T, 2/T, .., 1, and the loss is minus the bound of uniformly random orders
     in T steps (`order_elbo` without a posterior): 1 / t = T / (T - s) at step s.
     """
@@ -292,7 +303,9 @@ def mdm_elbo(denoiser, tokens, canvas, samples, generator=None):
 
     Equal in expectation to the integral over t in `mdm_loss`, with less variance: the number m of masked
     tokens is uniform on 1..L, which ones is uniform, and the sum of their log p is weighted L / m.
+    tokens int64 [B, N] clean; canvas bool [B, N]. Raises ValueError on fewer than 1 samples.
     """
+    at_least_one(samples=samples)
     length, total = canvas.sum(1), 0.0
     for _ in range(samples):
         u = stratified_uniform(len(tokens), tokens.device, generator)
@@ -309,8 +322,9 @@ def step_bound(denoiser, policy, tokens, masked, log_r, last):
 
         f_s = sum_{i in M_s} [ rho_i log p_theta(x_0^i | x_s) - KL( Bern(rho_i) || Bern(pi_i) ) ]
 
-    The token term is Rao-Blackwellised: the expectation over r_s is taken in closed form. Rows with
-    `last` true (bool [B]) are at s = T - 1, where rho = pi = 1. log_r is log rho [B, N].
+    The token term is Rao-Blackwellised: the expectation over r_s is taken in closed form. tokens int64 [B, N]
+    clean; masked bool [B, N] (M_s); log_r is log rho float [B, N]. Rows with `last` true (bool [B]) are at
+    s = T - 1, where rho = pi = 1.
     """
     logits, hidden = denoiser(tokens.masked_fill(masked, denoiser.mask_id))
     pi_logits = policy(hidden)
@@ -333,14 +347,16 @@ def order_loss(denoiser, policy, posterior, tokens, canvas, budget, tau, paths, 
 
     Each x_0 gets a step s ~ U{0..T-1} and `paths` paths to M_s ~ q that share it; the estimate is T f_s,
     from one denoiser pass on B * paths sequences. Its gradient goes through log p, pi and rho in f_s, plus
-    (T f_s - b) grad log q(r_0 .. r_{s-1}) with b the leave-one-out mean over the paths of the same x_0.
+    (T f_s - b) grad log q(r_0 .. r_{s-1}) with b the leave-one-out mean over the paths of the same x_0; all
+    divided by the row's canvas length.
 
-    tokens int64 [B, N] clean; canvas bool [B, N], not empty in any row; budget in steps.
+    tokens int64 [B, N] clean; canvas bool [B, N]; budget T and paths K at least 1; tau above 0.
     Returns (loss scalar, stats: dict of detached scalars, nats per canvas token).
-    Raises ValueError on a budget below 1.
+    Raises ValueError on a budget or paths below 1, or tau not above 0.
     """
-    if budget < 1:
-        raise ValueError(f"budget is {budget}: it must be at least 1 step")
+    at_least_one(budget=budget, paths=paths)
+    if not tau > 0:
+        raise ValueError(f"tau is {tau}: it must be above 0")
     B, T = len(tokens), budget
     s = (stratified_uniform(B, tokens.device, generator) * T).long().clamp(max=T - 1)
     log_alpha = posterior(tokens, canvas)
@@ -369,8 +385,10 @@ def order_elbo(denoiser, policy, posterior, tokens, canvas, budget, tau, samples
         log p(x_0 | c) >= E_{M ~ q} sum_{s < T} f_s(M_s).
 
     With policy and posterior None: the bound of uniformly random orders at this budget, where every token
-    picks its step uniformly (rho_i = pi_i = 1 / (T - s), so KL = 0).
+    picks its step uniformly (rho_i = pi_i = 1 / (T - s), so KL = 0). tokens int64 [B, N] clean; canvas bool
+    [B, N]. Takes samples * T denoiser passes. Raises ValueError on a budget or samples below 1.
     """
+    at_least_one(budget=budget, samples=samples)
     total = torch.zeros(len(tokens), device=tokens.device)
     log_alpha = None if posterior is None else posterior(tokens, canvas)
     for _ in range(samples):
@@ -394,24 +412,28 @@ def order_elbo(denoiser, policy, posterior, tokens, canvas, budget, tau, samples
 def left_to_right_order(denoiser, tokens, canvas, budget, least=0.2, later=0.01):
     """The best left-to-right order of known tokens in `budget` steps: step int64 [B, N], -1 off the canvas.
 
-    The canvas is cut into at most T runs of neighbours, one a step, by dynamic programming: with
-    cost(a, b) = - sum_{a <= i < b} log p(x_0^i | all left of a), the price of revealing a .. b-1 together,
-    best_k(b) = min_a best_{k-1}(a) + cost(a, b). One forward pass for each place of the canvas gives all costs.
-    So a cut falls where a token has to be known before the next can be, and nowhere else: a cut has to gain
-    `least` nats, and of cuts about as good the one furthest right is taken (`later` nats a place).
+    tokens int64 [B, N] clean; canvas bool [B, N], of L places. The canvas is cut into at most T runs of
+    neighbours, one a step, by dynamic programming: with
+    gain(a, b) = sum_{a <= i < b} log p(x_0^i | all but the canvas from a on) - least - later (L - a), in nats,
+    best_k(b) = max_a best_{k-1}(a) + gain(a, b). So a cut falls where a token has to be known before the next can
+    be, and nowhere else: it has to gain `least` nats, and `later` nats more for each place that it lies further
+    to the left, so that of cuts about as good the one furthest right is taken. One forward pass for each place
+    of the canvas gives all gains, [B, L, L + 1] numbers.
 
     This is where the posterior starts (ours, not in [F]): the gradient of the bound improves on an order, but
-    does not find one from nothing.
+    does not find one from nothing. Raises ValueError on a budget below 1.
     """
-    (B, _), L, T = tokens.shape, int(canvas.sum(1).max()), budget
+    at_least_one(budget=budget)
+    length, T = canvas.sum(1), budget
+    B, L = len(tokens), int(length.max())
     place = canvas.cumsum(1) - 1
-    gain = torch.full((B, L, L + 1), -math.inf, device=tokens.device)  # minus the cost of [a, b), and of the cut
+    gain = torch.full((B, L, L + 1), -math.inf, device=tokens.device)
     for a in range(L):
         masked = canvas & (place >= a)
         logits, _ = denoiser(tokens.masked_fill(masked, denoiser.mask_id))
         log_p = torch.where(masked, token_log_prob(logits, tokens), 0.0)
         by_place = torch.zeros_like(gain[:, 0]).scatter_add_(1, place.clamp(min=0) + 1, log_p)
-        gain[:, a, a:] = by_place[:, a:].cumsum(1) - least - later * (L - a)
+        gain[:, a, a:] = by_place[:, a:].cumsum(1) - least - later * (length - a).clamp(min=0)[:, None]
     best, cuts = torch.full_like(gain[:, 0], -math.inf), []
     best[:, 0] = 0.0
     total = []
@@ -428,13 +450,23 @@ def left_to_right_order(denoiser, tokens, canvas, budget, least=0.2, later=0.01)
     return torch.where(canvas, step, -1)
 
 
+def level_loss(posterior, tokens, canvas, step):
+    """Cross-entropy (scalar, nats) of an `OrderPosterior`'s levels with known orders: step int64 [B, N] as the
+    searches return it, -1 off the canvas; tokens int64 [B, N] clean; canvas bool [B, N]."""
+    logits = posterior.level_logits(tokens, canvas)
+    step = step.clamp(max=logits.shape[-1] - 1)
+    return F.cross_entropy(logits.flatten(0, 1), step.flatten(), ignore_index=-1)
+
+
 @torch.no_grad()
 def sure_first_order(denoiser, tokens, canvas, budget, sure=0.95):
     """Known tokens in the order in which the denoiser becomes sure of them: step int64 [B, N], -1 off the canvas.
 
     Each step reveals, as known, all places whose most likely token has a probability above `sure` (the surest
     one where there is none), the last step all that is left. For canvases without a direction, like a grid.
+    tokens int64 [B, N] clean; canvas bool [B, N]. Takes T passes. Raises ValueError on a budget below 1.
     """
+    at_least_one(budget=budget)
     masked, step = canvas, torch.full_like(tokens, -1)
     for s in range(budget):
         logits, _ = denoiser(tokens.masked_fill(masked, denoiser.mask_id))
@@ -466,12 +498,13 @@ class LatentEncoder(nn.Module):
 
 
 def given(denoiser, z):
-    """The denoiser with its latent fixed to z [B, latent_dim], as `mdm_loss` and the bounds take one."""
+    """The denoiser with its latent fixed to z [B, latent_dim], as the losses, bounds and searches take one
+    (not `generate`, which draws z itself and drops finished rows)."""
 
     def with_z(tokens):
         return denoiser(tokens, z)
 
-    with_z.mask_id, with_z.eos_id = denoiser.mask_id, denoiser.eos_id
+    with_z.mask_id = denoiser.mask_id
     return with_z
 
 
@@ -532,7 +565,7 @@ class Generation(NamedTuple):
 
 
 def top_k(score, candidates, k):
-    """bool [B, N]: the k[b] candidates of highest score in each row (all of them if there are fewer)."""
+    """bool [B, N]: the k[b] (int64 [B]) candidates of highest score in each row, all if there are fewer."""
     order = score.masked_fill(~candidates, -math.inf).argsort(dim=1, descending=True, stable=True)
     return candidates & (order.argsort(dim=1) < k[:, None])
 
@@ -561,8 +594,11 @@ def rule_score(strategy, logits, generator=None):
 
 
 def choose_by_rule(strategy, logits, masked, steps_left, eos_id=None, threshold=0.9, generator=None):
-    """Positions a fixed rule reveals, bool [B, N], at least one a row: K = masked / steps_left, rounded up.
+    """Positions a fixed rule reveals, bool [B, N], at least one in each row that has any left.
 
+    logits [B, N, V]; masked bool [B, N]; steps_left int, this one counted. The rules that rank take the best
+    K = masked / steps_left, rounded up; iid draws each with probability 1 / steps_left; "threshold" takes all
+    above `threshold`; these two take their best one where that gives none.
     eos_id: given, the rule is EOS-aware: masked positions whose most likely token is EOS are revealed
     at once and do not count towards K.
     """
@@ -579,7 +615,8 @@ def choose_by_rule(strategy, logits, masked, steps_left, eos_id=None, threshold=
 
 
 def choose_by_policy(pi_logits, masked, generator=None):
-    """r_i ~ Bern(pi_i) for i in M_s, bool [B, N]; the position of largest pi where no r_i = 1."""
+    """r_i ~ Bern(pi_i) for i in M_s, bool [B, N]; the position of largest pi where no r_i = 1 (the bound is for
+    the model that would spend an empty step there)."""
     u = torch.rand(masked.shape, device=masked.device, generator=generator)
     reveal = masked & (u < pi_logits.sigmoid())
     return reveal | top_1(pi_logits, masked) & ~reveal.any(1, keepdim=True)
@@ -602,14 +639,15 @@ def generate(
 
     tokens int64 [B, N] (what lies on the canvas is ignored); canvas bool [B, N]; strategy: one of
     STRATEGIES ("learned" needs `policy`); eos_aware: see `choose_by_rule`, for CONFIDENCE_RULES only;
-    threshold: the probability above which "threshold" reveals. The last step reveals all that is left.
+    threshold: the probability above which "threshold" reveals; temperature of the tokens' draw, 0 for the
+    most likely ones. The last step reveals all that is left.
     A denoiser with a latent gets one z ~ N(0, I) a row, drawn before the first step.
-    Returns a Generation. Raises ValueError on an unknown strategy or a budget below 1.
+    Returns a Generation. Raises ValueError on an unknown strategy, a budget below 1, "learned" without a
+    policy, or eos_aware with another rule.
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"unknown strategy {strategy!r}: choose from {', '.join(STRATEGIES)}")
-    if budget < 1:
-        raise ValueError(f"budget is {budget}: it must be at least 1 step")
+    at_least_one(budget=budget)
     if strategy == "learned" and policy is None:
         raise ValueError("strategy 'learned' needs a policy")
     if eos_aware and strategy not in CONFIDENCE_RULES:

@@ -501,6 +501,21 @@ def test_what_generate_refuses():
             mdmvi.generate(Toy(), X0, CANVAS, strategy, 3, Toy().policy, eos_aware=True)
 
 
+def test_what_the_bounds_refuse():
+    toy, models = Toy(), (Toy(), Toy().policy, lambda x, on: torch.zeros(x.shape))
+    for word, values in (("budget is 0", (0, 0.1, 2)), ("tau is 0", (2, 0, 2)), ("paths is 0", (2, 0.1, 0))):
+        with pytest.raises(ValueError, match=word):
+            mdmvi.order_loss(*models, X0, CANVAS, *values)
+    for word, values in (("budget is 0", (0, 0.1, 2)), ("samples is 0", (2, 0.1, 0))):
+        with pytest.raises(ValueError, match=word):
+            mdmvi.order_elbo(*models, X0, CANVAS, *values)
+    with pytest.raises(ValueError, match="samples is 0"):
+        mdmvi.mdm_elbo(toy, X0, CANVAS, 0)
+    for search in (mdmvi.left_to_right_order, mdmvi.sure_first_order):
+        with pytest.raises(ValueError, match="budget is 0"):
+            search(toy, X0, CANVAS, 0)
+
+
 def slow_denoiser(model, tokens, z):
     """The network on one sequence and z [latent_dim] in float64, a head at a time: logits [N, V], hidden [N, D]."""
     w = {name.removeprefix("trunk."): x.detach().double().numpy() for name, x in model.named_parameters()}
@@ -558,7 +573,7 @@ def test_left_to_right_order_is_the_best_of_all(T):
     canvas = torch.ones_like(tokens).bool()
     canvas[::3, 1] = False  # a canvas with a hole, and rows of unequal length
     found = mdmvi.left_to_right_order(toy, tokens, canvas, T, least, later)
-    longest, several = 4, set()
+    several = set()
     for row, on, got in zip(tokens, canvas, found):
         where, prices = places(on), {}
         for cuts in itertools.product([0, 1], repeat=len(where) - 1):
@@ -569,12 +584,16 @@ def test_left_to_right_order_is_the_best_of_all(T):
             for n, (place, step) in enumerate(zip(where, steps)):
                 value += log_prob_with_hidden(toy, row, [p for p, s in zip(where, steps) if s >= step])[place, row[place]].item()
                 if n and steps[n] != steps[n - 1]:
-                    value -= least + later * (longest - n)
+                    value -= least + later * (len(where) - n)
             prices[tuple(steps.tolist())] = value
         assert tuple(got[where].tolist()) == max(prices, key=prices.get)
         assert (got[~on] == -1).all()
         several.add(int(got.max()) + 1)
     assert len(several) == min(T, 4)  # easy ones take fewer steps
+    for later in (0.05, 0.1):
+        together = mdmvi.left_to_right_order(toy, tokens, canvas, T, 0.0, later)
+        alone = [mdmvi.left_to_right_order(toy, row[None], on[None], T, 0.0, later) for row, on in zip(tokens, canvas)]
+        assert torch.equal(together, torch.cat(alone))  # whatever the length of the other rows
 
 
 def log_prob_with_hidden(toy, row, hidden):

@@ -207,7 +207,7 @@ class Run:
 
     def log_alpha(self, tokens, canvas):
         """The posterior over orders. Which cells of a grid follow from which is more than a small network can tell
-        from the solution, so there the search itself is q, and nothing in it is learned."""
+        from the solution, so there the search itself is q: nothing in it is learned, and it costs T passes."""
         if self.args.task != "sudoku":
             return self.posterior(tokens, canvas)
         step = mdmvi.sure_first_order(self.without_latent(len(tokens)), tokens, canvas, self.args.budget)
@@ -489,12 +489,10 @@ def start_orders(run, tokens, canvas, stop):
         def loss_of(hidden, reveal):
             return F.binary_cross_entropy_with_logits(run.policy(hidden), reveal), {}
     else:
-        step = torch.cat(step).clamp(max=run.posterior.level.out_features - 1)
-        learner, data, batch = run.posterior, (tokens, canvas, step), min(64, len(rows))
+        learner, data, batch = run.posterior, (tokens, canvas, torch.cat(step)), min(64, len(rows))
 
         def loss_of(x, on, step):
-            levels = run.posterior.level_logits(x, on)
-            return F.cross_entropy(levels.flatten(0, 1), step.flatten(), ignore_index=-1), {}
+            return mdmvi.level_loss(run.posterior, x, on, step), {}
 
     optimizers = make_optimizers({learner: START_LR}, args)
     bar = tqdm(range(args.search_steps), desc="learning orders", unit="step", dynamic_ncols=True)

@@ -644,8 +644,12 @@ def test_scores_of_a_posterior_that_is_sure_of_its_levels():
 
 
 def test_the_posterior_waits_for_the_policy():
-    share = [train.share_of_posterior(step, 1000) / train.share_of_peak(step, 1000) for step in (0, 99, 150, 200, 999)]
-    assert share == pytest.approx([0, 0, 0.5, 1, 1])
+    assert [train.wake(step, 1000) for step in (0, 99, 150, 200, 999)] == pytest.approx([0, 0, 0.5, 1, 1])
+
+
+def test_learning_rate_schedule():
+    share = [train.share_of_peak(step, 1010, 0.1) for step in (0, 9, 10, 510, 1010)]
+    assert share == pytest.approx([0.1, 1, 1, 0.55, 0.1])
 
 
 def test_posterior_starts_from_the_denoiser():
@@ -1608,6 +1612,7 @@ BAD = [
     (train, "--task gsm8k", "needs --data"),
     (train, "--budget 0", "--budget is 0"),
     (train, "--tau 0", "--tau is 0"),
+    (train, "--end-lr 2", "--end-lr is 2"),
     (train, "--items 6", "--items is 6"),
     *((train, f"--task sudoku --box {box}", "--box is") for box in ("3", "2x", "axb", "0x3", "1x1", "4x4", "2x3x1")),
     (train, "--latent-dim -1", "--latent-dim"),

@@ -80,6 +80,7 @@ def parse_args(argv=None):
     add("--head-lr", type=float, help=f"stage 2: peak learning rate of the policy ({by_task('head_lr')})")
     add("--policy-layers", type=int, help=f"stage 2: hidden layers of the policy ({by_task('policy_layers')})")
     add("--posterior-lr", type=float, default=1e-3, help="stage 2: peak learning rate of the posterior")
+    add("--end-lr", type=float, default=0.01, help="every stage: share of its peak learning rates that is left at its end")
     add("--budget", type=int, help=f"stage 2: steps of generation (T) ({by_task('budget')})")
     add("--search", type=int, help=f"stage 2: problems whose best orders it starts from; 0: from nothing ({by_task('search')})")
     add("--search-steps", type=int, help=f"stage 2: steps in which these orders are learned ({by_task('search_steps')})")
@@ -105,6 +106,8 @@ def parse_args(argv=None):
     eval_gsm8k.check_device(args.device)
     if not args.tau > 0:
         raise UserError(f"--tau is {args.tau}: it must be above 0")
+    if not 0 <= args.end_lr <= 1:
+        raise UserError(f"--end-lr is {args.end_lr}: it must be a share of the peak, 0 to 1")
     if args.task == "gsm8k" and not args.data and not args.benchmark:
         raise UserError("--task gsm8k needs --data: a file, a folder, or a hub name like openai/gsm8k")
     if args.batch % args.accumulate or args.order_batch % args.accumulate:
@@ -323,18 +326,18 @@ def save_smdm(path, denoiser):
 # ---------------------------------------------------------------------------------------------------
 
 
-def share_of_peak(step, steps):
-    """Learning rate schedule: 1% warm-up, then a cosine down to a hundredth of the peak."""
+def share_of_peak(step, steps, end):
+    """Learning rate schedule: 1% warm-up, then a cosine down to the share `end` of the peak."""
     warm_up = max(1, steps // 100)
     if step < warm_up:
         return (step + 1) / warm_up
-    return 0.01 + 0.495 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
+    return end + (1 - end) / 2 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
 
 
-def share_of_posterior(step, steps):
-    """The posterior waits for a tenth of stage 2, and takes another to come up to speed: until the policy can
-    follow an order, the KL outweighs what the order does for the tokens."""
-    return share_of_peak(step, steps) * min(1.0, max(0.0, 10 * step / steps - 1))
+def wake(step, steps):
+    """Factor of the posterior's rate: it waits for a tenth of stage 2, and takes another to come up to speed. Until
+    the policy can follow an order, the KL outweighs what the order does for the tokens."""
+    return min(1.0, max(0.0, 10 * step / steps - 1))
 
 
 def autocast(device):
@@ -446,8 +449,8 @@ def train_stage(run, stage, tokens, canvas, stop, log):
     total, since, began = 0.0, 0, time.perf_counter()
     bar = tqdm(total=steps, initial=run.step, desc=stage, unit="step", dynamic_ncols=True, mininterval=1.0)
     while run.step < steps:
-        share, late_share = share_of_peak(run.step, steps), share_of_posterior(run.step, steps)
-        loss, stats = train_step(optimizers, share, late_share, loss_of, (tokens, canvas), batch, args.accumulate, run.generator)
+        share = share_of_peak(run.step, steps, args.end_lr)
+        loss, stats = train_step(optimizers, share, share * wake(run.step, steps), loss_of, (tokens, canvas), batch, args.accumulate, run.generator)
         total, since = total + loss, since + 1
         run.step += 1
         bar.update()
@@ -497,7 +500,7 @@ def start_orders(run, tokens, canvas, stop):
     optimizers = make_optimizers({learner: START_LR}, args)
     bar = tqdm(range(args.search_steps), desc="learning orders", unit="step", dynamic_ncols=True)
     for s in bar:
-        share = share_of_peak(s, args.search_steps)
+        share = share_of_peak(s, args.search_steps, args.end_lr)
         loss, _ = train_step(optimizers, share, share, loss_of, data, batch, 1, g)
         if s % 20 == 0:
             bar.set_postfix_str(f"loss {float(loss):.3f}", refresh=False)

@@ -1335,6 +1335,14 @@ def test_twenty_kills_at_random_moments(trained, tmp_path):
     assert same(tmp_path / "checkpoint.pt", tmp_path / "straight" / "checkpoint.pt")
 
 
+def test_output_survives_a_reader_that_goes_away():
+    program = "import eval_gsm8k; eval_gsm8k.run_main(lambda: [print(i) for i in range(100_000)])"
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=Path(train.__file__).parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait() == 141 and process.stderr.read() == b""
+
+
 def test_a_nan_loss_stops_before_the_checkpoint_is_touched(trained, tmp_path, monkeypatch, capsys):
     loss, calls = mdmvi.mdm_loss, []
 

@@ -1050,7 +1050,7 @@ def test_full_size_with_random_weights(tmp_path):
     tokens, canvas = torch.randint(32_000, (4, 48)), (torch.arange(48) >= 32).expand(4, -1)
     for stage in ("plain", "order"):
         modules, _, batch, loss_of = train.stage_setup(run, stage)
-        loss, _ = train.train_step(train.make_optimizers(modules, args), 1.0, 1.0, loss_of, tokens, canvas, 2 if stage == "plain" else batch, 1, run.generator)
+        loss, _ = train.train_step(train.make_optimizers(modules, args), 1.0, 1.0, loss_of, (tokens, canvas), 2 if stage == "plain" else batch, 1, run.generator)
         assert loss.isfinite()
     run.save(tmp_path / "checkpoint.pt")
     denoiser, policy, _, _ = eval_gsm8k.build_models(eval_gsm8k.load_checkpoint(tmp_path / "checkpoint.pt"))

@@ -112,8 +112,8 @@ def parse_args(argv=None):
         raise UserError("--task gsm8k needs --data: a file, a folder, or a hub name like openai/gsm8k")
     if args.batch % args.accumulate or args.order_batch % args.accumulate:
         raise UserError(f"--accumulate {args.accumulate} must divide --batch {args.batch} and --order-batch {args.order_batch}")
-    if not 1 <= args.items <= 5:
-        raise UserError(f"--items is {args.items}: choose 1 to 5")
+    if not 2 <= args.items <= 5:
+        raise UserError(f"--items is {args.items}: choose 2 to 5")
     if not re.fullmatch("[1-9]x[1-9]", args.box) or not 4 <= int(args.box[0]) * int(args.box[2]) <= 9:
         raise UserError(f"--box is {args.box}: give ROWSxCOLUMNS of a box of 4 to 9 cells, 2x3 or 3x3, say")
     args.box = int(args.box[0]), int(args.box[2])
@@ -124,10 +124,10 @@ def parse_args(argv=None):
         raise UserError(f"--init, --max-len and --canvas-len do not go with --task {args.task}, whose layout is fixed: leave them out")
     if args.init and args.latent_dim:
         raise UserError("--init and --latent-dim do not go together: the published checkpoint has no latent")
-    # A change takes 3 tokens of the prompt and 6 of the canvas; rows of a grid are parted by a token.
-    canvas = {"arithmetic": 6 * args.items + 3, "gsm8k": 96, "sudoku": side * side, "pairs": 2}[args.task]
+    # A change takes 3 tokens of the prompt and 8 of the canvas; rows of a grid are parted by a token.
+    canvas = {"arithmetic": 8 * args.items + 4, "gsm8k": 96, "sudoku": side * side, "pairs": 2}[args.task]
     args.canvas_len = args.canvas_len or canvas
-    prompt = {"arithmetic": 15 + 3 * args.items, "gsm8k": 256 - args.canvas_len, "sudoku": side, "pairs": 1}[args.task]
+    prompt = {"arithmetic": 16 + 3 * args.items, "gsm8k": 256 - args.canvas_len, "sudoku": side, "pairs": 1}[args.task]
     args.max_len = args.max_len or prompt + args.canvas_len
     if args.compile is None:
         args.compile = args.device.startswith("cuda")

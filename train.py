@@ -57,7 +57,7 @@ def parse_args(argv=None):
     add("--task", default="arithmetic", help="arithmetic, sudoku, pairs (embedded, no download) or gsm8k (needs --data)")
     add("--data", help="gsm8k: a .json/.jsonl(.gz/.xz) file, a folder of them, or a hub name")
     add("--answers", default="equations", choices=("equations", "full"), help="gsm8k: only the <<...>> notes, or the whole solution")
-    add("--items", type=int, default=2, help="arithmetic: problems of 1 to so many changes")
+    add("--items", type=int, default=2, help="arithmetic: problems of 1 to so many changes, 2 to 5")
     add("--box", default="2x3", help="sudoku: rows x columns of a box; 3x3 is the 9x9 grid")
     add("--pairs", default="d1", choices=eval_gsm8k.PAIRS, help="pairs: weights of the ten pairs, d1 uniform, d2 rising")
     add("--latent-dim", type=int, default=0, help="dimensions of a latent shared by all tokens, trained for generation in --budget steps (0: none)")

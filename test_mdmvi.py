@@ -642,6 +642,17 @@ def test_scores_of_a_posterior_that_is_sure_of_its_levels():
     assert torch.allclose(posterior(tokens, canvas)[sure], -0.4 * (1 + logits.argmax(-1)[sure]), atol=1e-3)
 
 
+def test_level_loss_is_the_mean_over_the_canvas_and_late_steps_share_the_last_level():
+    posterior = mdmvi.OrderPosterior(tiny_denoiser(n_layer=1).config, levels=3)
+    tokens, canvas = torch.zeros(2, 4, dtype=torch.int64), torch.tensor([[0, 1, 1, 1], [0, 0, 1, 1]]).bool()
+    logits = torch.randn(2, 4, 3, generator=rng(0))
+    posterior.level_logits = lambda x, on: logits
+    step = torch.tensor([[-1, 0, 1, 2], [-1, -1, 3, 7]])
+    log_p = logits.log_softmax(-1)
+    expected = -(log_p[0, 1, 0] + log_p[0, 2, 1] + log_p[0, 3, 2] + log_p[1, 2, 2] + log_p[1, 3, 2]) / 5
+    assert torch.allclose(mdmvi.level_loss(posterior, tokens, canvas, step), expected)
+
+
 def test_the_posterior_waits_for_the_policy():
     assert [train.wake(step, 1000) for step in (0, 99, 150, 200, 999)] == pytest.approx([0, 0, 0.5, 1, 1])
 

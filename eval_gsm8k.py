@@ -131,8 +131,9 @@ def possible_problems(n):
 
 
 def is_held_out(items):
-    """Split by the numbers of a problem as they are told, whatever its wording: `items` is [start, changes..]."""
-    return hashlib.sha256(repr(items).encode()).digest()[0] % HELD_OUT == 0
+    """Split by the numbers of a problem, `items` [start, changes..], whatever its wording and the changes' order."""
+    start, *changes = items
+    return hashlib.sha256(repr([start, *sorted(changes)]).encode()).digest()[0] % HELD_OUT == 0
 
 
 def arithmetic_problems(n, seed, held_out, most_items=4):

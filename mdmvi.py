@@ -237,6 +237,18 @@ def log_one_minus(log_p):
     return torch.log(-torch.expm1(log_p.clamp(max=-1e-6)))
 
 
+def stratified_uniform(n, device, generator=None):
+    """n draws in [0, 1), fp32 [n], each uniform on its own, evenly spread together (low discrepancy)."""
+    u = torch.rand((), device=device, generator=generator)
+    return (torch.arange(n, device=device) / n + u) % 1.0
+
+
+def draw_reveal(log_r, masked, generator=None):
+    """r_s ~ q: bool [B, N], each place of `masked` (bool [B, N]) with its probability rho (log_r float [B, N])."""
+    u = torch.rand(log_r.shape, device=log_r.device, generator=generator)
+    return masked & (u.log() < log_r)  # log u < 0 always: rho = 1 is always revealed
+
+
 def draw_path(log_alpha, canvas, steps, tau, generator=None, max_steps=None):
     """Draw M_steps ~ q by revealing `steps` times from the full canvas, with no network call.
 
@@ -249,11 +261,31 @@ def draw_path(log_alpha, canvas, steps, tau, generator=None, max_steps=None):
     for s in range(int(steps.max()) if max_steps is None else max_steps):
         moving = masked & (s < steps)[:, None]
         log_r = log_rho(log_alpha, moving, tau)
-        u = torch.rand(log_r.shape, device=log_r.device, generator=generator)
-        reveal = moving & (u.log() < log_r)  # log u < 0 always: rho = 1 is always revealed
+        reveal = draw_reveal(log_r, moving, generator)
         log_q = log_q + torch.where(reveal, log_r, torch.where(moving, log_one_minus(log_r), 0.0)).sum(1)
         masked = masked & ~reveal
     return masked, log_q
+
+
+@torch.no_grad()
+def draw_step(log_alpha, canvas, budget, tau, paths, generator=None):
+    """A step s of 1 .. T-1 to train on, int64 [B], and its probability P(s), fp32 [B].
+
+    Most steps of a large budget find nothing left to reveal. So s is drawn, four times in five, in proportion to
+    how many of some paths have something left at s: `paths` of them for each row, drawn for this purpose only; the
+    fifth time from all steps alike, so that every P(s) > 0 (ours, not in [F]). log_alpha float [B, N]; canvas
+    bool [B, N]; budget T above 1.
+    """
+    masked, log_alpha = canvas.repeat_interleave(paths, 0), log_alpha.repeat_interleave(paths, 0)
+    busy = []
+    for _ in range(budget - 1):
+        masked = masked & ~draw_reveal(log_rho(log_alpha, masked, tau), masked, generator)
+        busy.append(masked.any(1))
+    busy = torch.stack(busy, 1).view(-1, paths, budget - 1).float().mean(1) + 1e-6
+    p = 0.8 * busy / busy.sum(1, keepdim=True) + 0.2 / (budget - 1)
+    u = stratified_uniform(len(p), p.device, generator)
+    s = (p.cumsum(1) < u[:, None]).sum(1).clamp(max=budget - 2)
+    return s + 1, p.gather(1, s[:, None]).squeeze(1)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -272,12 +304,6 @@ def at_least_one(**values):
     for name, value in values.items():
         if value < 1:
             raise ValueError(f"{name} is {value}: it must be at least 1")
-
-
-def stratified_uniform(n, device, generator=None):
-    """n draws in [0, 1), fp32 [n], each uniform on its own, evenly spread together (low discrepancy)."""
-    u = torch.rand((), device=device, generator=generator)
-    return (torch.arange(n, device=device) / n + u) % 1.0
 
 
 def mdm_loss(denoiser, tokens, canvas, generator=None, budget=None):
@@ -345,37 +371,41 @@ def leave_one_out(value):
 def order_loss(denoiser, policy, posterior, tokens, canvas, budget, tau, paths, generator=None):
     """Negative ELBO over orders, nats per canvas token, with its RLOO gradient ([F]).
 
-    Each x_0 gets a step s ~ U{0..T-1} and `paths` paths to M_s ~ q that share it; the estimate is T f_s,
-    from one denoiser pass on B * paths sequences. Its gradient goes through log p, pi and rho in f_s, plus
-    (T f_s - b) grad log q(r_0 .. r_{s-1}) with b the leave-one-out mean over the paths of the same x_0; all
-    divided by the row's canvas length.
+    The ELBO is E_q sum_s f_s(M_s). Each x_0 gets one denoiser pass on its full canvas, where all paths begin, for
+    f_0, and `paths` passes on M_s ~ q, for one step s >= 1 that its paths share, drawn by `draw_step`: the estimate
+    is f_0 + mean_k f_s / P(s), from B (K + 1) passes ([F] draws s from all steps alike and takes T f_s).
+    Its gradient goes through log p, pi and rho in f, plus (f_s / P(s) - b) grad log q(r_0 .. r_{s-1}) with b the
+    leave-one-out mean over the paths of the same x_0; all divided by the row's canvas length.
 
     tokens int64 [B, N] clean; canvas bool [B, N]; budget T and paths K at least 1; tau above 0.
-    Returns (loss scalar, stats: dict of detached scalars, nats per canvas token).
-    Raises ValueError on a budget or paths below 1, or tau not above 0.
+    Returns (loss scalar, stats: dict of detached scalars: elbo and kl in nats per canvas token, and steps, how
+    many a path takes). Raises ValueError on a budget or paths below 1, or tau not above 0.
     """
     at_least_one(budget=budget, paths=paths)
     if not tau > 0:
         raise ValueError(f"tau is {tau}: it must be above 0")
-    B, T = len(tokens), budget
-    s = (stratified_uniform(B, tokens.device, generator) * T).long().clamp(max=T - 1)
-    log_alpha = posterior(tokens, canvas)
-    tokens, canvas, s, log_alpha = (x.repeat_interleave(paths, 0) for x in (tokens, canvas, s, log_alpha))
+    B, T, K = len(tokens), budget, paths if budget > 1 else 0
+    log_alpha, length = posterior(tokens, canvas), canvas.sum(1)
+    s, weight = torch.zeros(B, K + 1, device=tokens.device).long(), torch.ones(B, K + 1, device=tokens.device)
+    if K:
+        step, p = draw_step(log_alpha, canvas, T, tau, K, generator)
+        s[:, 1:], weight[:, 1:] = step[:, None], 1 / (K * p[:, None])
+    s = s.flatten()
+    tokens, canvas, log_alpha = (x.repeat_interleave(K + 1, 0) for x in (tokens, canvas, log_alpha))
     masked, log_q = draw_path(log_alpha, canvas, s, tau, generator, max_steps=T - 1)
     log_r = log_rho(log_alpha, masked, tau)
     token_term, kl = step_bound(denoiser, policy, tokens, masked, log_r, s == T - 1)
-    elbo = T * (token_term - kl)
-    value = elbo.detach().view(B, paths)
-    advantage = (value - leave_one_out(value)).flatten()
-    length = canvas.sum(1)
-    stats = {
-        "elbo": (elbo.detach() / length).mean(),
-        "kl": (T * kl.detach() / length).mean(),
-        "finished": (~masked.any(1)).float().mean(),  # share of sequences with nothing left to predict
-    }
+    elbo, kl, busy = (weight * x.view(B, K + 1) for x in (token_term - kl, kl, masked.any(1)))
+    value, log_q = elbo.detach()[:, 1:], log_q.view(B, K + 1)[:, 1:]
+    advantage = value - leave_one_out(value)
     # The value is the negative ELBO; the score-function term adds to the gradient only.
-    score_term = advantage * (log_q - log_q.detach())
-    return -((elbo + score_term) / length).mean(), stats
+    score_term = (advantage * (log_q - log_q.detach())).sum(1)
+    stats = {
+        "elbo": (elbo.detach().sum(1) / length).mean(),
+        "kl": (kl.detach().sum(1) / length).mean(),
+        "steps": busy.sum(1).mean(),
+    }
+    return -((elbo.sum(1) + score_term) / length).mean(), stats
 
 
 @torch.no_grad()
@@ -403,22 +433,21 @@ def order_elbo(denoiser, policy, posterior, tokens, canvas, budget, tau, samples
                 log_r = log_rho(log_alpha, masked, tau)
                 token_term, kl = step_bound(denoiser, policy, tokens, masked, log_r, last)
             total += token_term - kl
-            u = torch.rand(tokens.shape, device=tokens.device, generator=generator)
-            masked = masked & ~(u.log() < log_r)
+            masked = masked & ~draw_reveal(log_r, masked, generator)
     return total / samples
 
 
 @torch.no_grad()
-def left_to_right_order(denoiser, tokens, canvas, budget, least=0.2, later=0.01):
+def left_to_right_order(denoiser, tokens, canvas, budget, least=0.5, lean=0.6):
     """The best left-to-right order of known tokens in `budget` steps: step int64 [B, N], -1 off the canvas.
 
     tokens int64 [B, N] clean; canvas bool [B, N], of L places. The canvas is cut into at most T runs of
     neighbours, one a step, by dynamic programming: with
-    gain(a, b) = sum_{a <= i < b} log p(x_0^i | all but the canvas from a on) - least - later (L - a), in nats,
+    gain(a, b) = sum_{a <= i < b} log p(x_0^i | all but the canvas from a on) - least - lean a / L, in nats,
     best_k(b) = max_a best_{k-1}(a) + gain(a, b). So a cut falls where a token has to be known before the next can
-    be, and nowhere else: it has to gain `least` nats, and `later` nats more for each place that it lies further
-    to the left, so that of cuts about as good the one furthest right is taken. One forward pass for each place
-    of the canvas gives all gains, [B, L, L + 1] numbers.
+    be, and nowhere else: it has to gain `least` nats, and up to `lean` nats more the further it lies to the right,
+    so that of cuts about as good the one furthest left is taken: what can wait for more to be known does. One
+    forward pass for each place of the canvas gives all gains, [B, L, L + 1] numbers.
 
     This is where the posterior starts (ours, not in [F]): the gradient of the bound improves on an order, but
     does not find one from nothing. Raises ValueError on a budget below 1.
@@ -433,7 +462,7 @@ def left_to_right_order(denoiser, tokens, canvas, budget, least=0.2, later=0.01)
         logits, _ = denoiser(tokens.masked_fill(masked, denoiser.mask_id))
         log_p = torch.where(masked, token_log_prob(logits, tokens), 0.0)
         by_place = torch.zeros_like(gain[:, 0]).scatter_add_(1, place.clamp(min=0) + 1, log_p)
-        gain[:, a, a:] = by_place[:, a:].cumsum(1) - least - later * (length - a).clamp(min=0)[:, None]
+        gain[:, a, a:] = by_place[:, a:].cumsum(1) - least - lean * (a / length)[:, None]
     best, cuts = torch.full_like(gain[:, 0], -math.inf), []
     best[:, 0] = 0.0
     total = []
@@ -499,10 +528,11 @@ class LatentEncoder(nn.Module):
 
 def given(denoiser, z):
     """The denoiser with its latent fixed to z [B, latent_dim], as the losses, bounds and searches take one
-    (not `generate`, which draws z itself and drops finished rows)."""
+    (not `generate`, which draws z itself and drops finished rows). Given several times B rows, each z is for as
+    many neighbours."""
 
     def with_z(tokens):
-        return denoiser(tokens, z)
+        return denoiser(tokens, z.repeat_interleave(len(tokens) // len(z), 0))
 
     with_z.mask_id = denoiser.mask_id
     return with_z
@@ -533,8 +563,7 @@ def vmd_loss(denoiser, tokens, canvas, budget, generator=None):
 def vmd_order_loss(denoiser, policy, posterior, tokens, canvas, budget, tau, paths, generator=None):
     """`order_loss` with the latent: one z for each x_0, shared by its paths; the KL of z added."""
     z, kl = draw_latent(denoiser.encoder, tokens, canvas, generator)
-    conditional = given(denoiser, z.repeat_interleave(paths, 0))
-    loss, stats = order_loss(conditional, policy, posterior, tokens, canvas, budget, tau, paths, generator)
+    loss, stats = order_loss(given(denoiser, z), policy, posterior, tokens, canvas, budget, tau, paths, generator)
     latent_kl = (kl / canvas.sum(1)).mean()
     return loss + latent_kl, dict(stats, latent_kl=latent_kl.detach())
 

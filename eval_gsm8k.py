@@ -141,7 +141,7 @@ def arithmetic_problems(n, seed, held_out, most_items=4):
     side of the split. The steps of the answer are in random order. Held-out questions are all different."""
     rng, problems, asked = random.Random(seed), [], set()
     choices = [[items for items in possible_problems(k) if is_held_out(items) == held_out] for k in range(1, most_items + 1)]
-    enough = sum(len(c) * len(PEOPLE) * len(THINGS) * 3**k for k, c in enumerate(choices, 1)) // 2
+    enough = sum(len(c) * len(PEOPLE) * len(THINGS) * len(VERBS[1]) ** k for k, c in enumerate(choices, 1)) // 2
     if held_out and n > enough:
         raise UserError(f"{n} held-out problems are asked for: there are enough for {enough}")
     while len(problems) < n:

@@ -1,6 +1,6 @@
 """Generate for one prompt and show the order: the canvas after each step, or a page to step through.
 
-    python sample.py "Ann has 52 pens. She finds 2 and buys 4. How many pens does she have now?"
+    python sample.py "Ann has 52 pens. She finds 2 and buys 5. How many pens does she have now?"
     python sample.py --strategy learned left_to_right top_prob+eos --html order.html < prompt.txt
 """
 

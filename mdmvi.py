@@ -450,7 +450,7 @@ def left_to_right_order(denoiser, tokens, canvas, budget, least=0.5, lean=0.6):
     forward pass for each place of the canvas gives all gains, [B, L, L + 1] numbers.
 
     This is where the posterior starts (ours, not in [F]): the gradient of the bound improves on an order, but
-    takes far longer to find one from nothing. Raises ValueError on a budget below 1.
+    finds a poor one from nothing in a short training. Raises ValueError on a budget below 1.
     """
     at_least_one(budget=budget)
     length, T = canvas.sum(1), budget

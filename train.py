@@ -498,7 +498,7 @@ def start_orders(run, tokens, canvas, stop):
             return mdmvi.level_loss(run.posterior, x, on, step), {}
 
     optimizers = make_optimizers({learner: START_LR}, args)
-    bar = tqdm(range(args.search_steps), desc="learning orders", unit="step", dynamic_ncols=True)
+    bar = tqdm(range(args.search_steps), desc="learning orders", unit="step", dynamic_ncols=True, mininterval=1.0)
     for s in bar:
         share = share_of_peak(s, args.search_steps, args.end_lr)
         loss, _ = train_step(optimizers, share, share, loss_of, data, batch, 1, g)

@@ -30,6 +30,7 @@ from tqdm import tqdm
 import mdmvi
 
 SEPARATOR = "||"  # between question and answer, as in SMDM's fine-tuning data
+os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # without a network the hub's client would tell of each of its tries
 
 
 class UserError(Exception):

@@ -593,40 +593,32 @@ def importance_order_loss(
 
 
 @torch.no_grad()
-def left_to_right_order(denoiser, tokens, canvas, budget, least=0.5, lean=0.6):
-    """The best left-to-right order of known tokens in `budget` steps: step int64 [B, N], -1 off canvas.
+def sure_prefix_order(denoiser, tokens, canvas, budget, sure=0.9):
+    """An order of known tokens that can be told from what is revealed: step int64 [B, N], -1 off canvas.
 
-    The canvas is cut into at most T runs of neighbours, one a step, by dynamic programming: with
-    gain(a, b) = sum_{a <= i < b} log p(x_0^i | all but the canvas from a on) - least - lean a / L,
-    best_k(b) = max_a best_{k-1}(a) + gain(a, b). A cut has to gain `least` nats, and up to `lean` nats
-    more the further right it lies: of cuts about as good the leftmost is taken. One pass for each place
-    of the canvas. A tail of EOS is one place. Raises ValueError on a budget below 1.
+    A step reveals the masked places from the left up to the first one that the denoiser is not sure of
+    (its most likely token has a probability below `sure`). That one is revealed as well if it would
+    stay unsure: it is a choice, and what follows may hang on it; otherwise it waits for what is being
+    revealed. The last step reveals all that is left. Takes 2 (T - 1) passes. Raises ValueError on a
+    budget below 1.
     """
     at_least_one(budget=budget)
-    written = canvas & (tokens != getattr(denoiser, "eos_id", -1))
-    place = canvas.cumsum(1) - 1
-    end = torch.where(written, place + 1, 0).amax(1, keepdim=True)  # where the tail of EOS begins
-    place = torch.minimum(place, end)
-    length = torch.where(canvas, place + 1, 0).amax(1)
-    B, L = len(tokens), int(length.max())
-    gain = torch.full((B, L, L + 1), -math.inf, device=tokens.device)
-    for a in range(L):
-        log_p, _ = token_log_prob(denoiser, tokens, canvas & (place >= a))
-        by_place = torch.zeros_like(gain[:, 0]).scatter_add_(1, place.clamp(min=0) + 1, log_p)
-        gain[:, a, a:] = by_place[:, a:].cumsum(1) - least - lean * (a / length)[:, None]
-    best, cuts, total = torch.full_like(gain[:, 0], -math.inf), [], []
-    best[:, 0] = 0.0
-    for _ in range(budget):
-        best, cut = (best[:, :L, None] + gain).max(1)
-        cuts.append(cut)
-        total.append(best[:, L])
-    last_run = torch.stack(total, 1).argmax(1)
-    step, end = torch.zeros_like(tokens), torch.full_like(last_run, L)
-    for k in reversed(range(budget)):
-        start = torch.where(k <= last_run, cuts[k].gather(1, end[:, None]).squeeze(1), end)
-        step = torch.where((place >= start[:, None]) & (place < end[:, None]), k, step)
-        end = start
-    return torch.where(canvas, step, -1)
+    masked, step = canvas, torch.full_like(tokens, -1)
+    for s in range(budget - 1):
+        unsure = masked & ~sure_places(denoiser, tokens, masked, sure)
+        before = masked & (unsure.cumsum(1) == 0)
+        rest = masked & ~before
+        choice = rest & (rest.cumsum(1) == 1) & ~sure_places(denoiser, tokens, rest, sure)
+        reveal = before | choice
+        step, masked = step.masked_fill(reveal, s), masked & ~reveal
+    return step.masked_fill(masked, budget - 1)
+
+
+def sure_places(denoiser, tokens, masked, sure):
+    """bool [B, N]: masked places whose most likely token has a probability of `sure` or more."""
+    hidden = denoiser(tokens.masked_fill(masked, denoiser.mask_id))
+    p = confidence("top_prob", denoiser.logits(hidden[masked]))
+    return masked.masked_scatter(masked, p >= sure)
 
 
 def known_order_loss(denoiser, policy, posterior, tokens, canvas, step, budget, generator=None):
@@ -654,14 +646,15 @@ def known_order_loss(denoiser, policy, posterior, tokens, canvas, step, budget, 
 def order_groups(denoiser, policy, posterior, lr=1e-3, policy_lr=3e-3, posterior_lr=1e-3):
     """Parameter groups of stage 2 for any optimiser, a network each, with its peak learning rate.
 
-    A frozen denoiser (or one that is no nn.Module) has no group.
+    "params" are pairs (name, parameter), as torch's optimisers take them. A frozen denoiser (or one
+    that is no nn.Module) has no group.
     """
     networks = {"denoiser": denoiser, "policy": policy, "posterior": posterior}
     peaks = {"denoiser": lr, "policy": policy_lr, "posterior": posterior_lr}
     groups = []
     for name, network in networks.items():
-        parameters = network.parameters() if isinstance(network, nn.Module) else ()
-        params = [p for p in parameters if p.requires_grad]
+        named = network.named_parameters() if isinstance(network, nn.Module) else ()
+        params = [(key, p) for key, p in named if p.requires_grad]
         if params:
             groups.append({"params": params, "lr": peaks[name], "peak": peaks[name], "network": name})
     return groups

@@ -1,6 +1,6 @@
 """Generate for one prompt and show the order: the canvas after each step, or a page to step through.
 
-    python sample.py "Ann has 52 pens. She finds 2 and buys 5. How many pens does she have now?"
+    python sample.py "Ben has 8 cups, halves them and finds 2. Ann has 3 and doubles them. How many cups in all?"
     python sample.py --strategy learned left_to_right top_prob+eos --html order.html < prompt.txt
 """
 
@@ -60,68 +60,74 @@ def shade(step, steps):
 def page(prompt, results, tokenizer):
     """One self-contained HTML page for [(title, tokens, reveal_step, steps)]."""
     most = max(steps for _, _, _, steps in results)
+    slider = f"<input id=step type=range min=0 max={most} value={most}> <b id=at></b>"
     parts = [f"<h1>Order of generation</h1><p>{html.escape(prompt)}</p>"]
-    parts.append(f"<p><label>after step <input id=step type=range min=0 max={most} value={most}> <b id=at></b></label> (arrow keys work too)</p>")
+    parts.append(f"<p><label>after step {slider}</label> (arrow keys work too)</p>")
     for title, tokens, reveal_step, steps in results:
-        cells = "".join(
-            f'<span data-step={s} style="background:{shade(s, steps)};color:{"#fff" if s < steps / 2 else "#222"}">{html.escape(token_text(tokenizer, t))}<sub>{s + 1}</sub></span>'
-            for t, s in zip(tokens, reveal_step)
-        )
-        parts.append(f"<h2>{html.escape(title)}</h2><div class=canvas>{cells}</div>")
-    return f"<!doctype html><html lang=en><meta charset=utf-8><title>Order of generation</title><style>{STYLES}</style><body>{''.join(parts)}<script>{SCRIPT}</script></body></html>\n"
+        cells = []
+        for token, step in zip(tokens, reveal_step):
+            color = "#fff" if step < steps / 2 else "#222"
+            style = f"background:{shade(step, steps)};color:{color}"
+            text = html.escape(token_text(tokenizer, token))
+            cells.append(f'<span data-step={step} style="{style}">{text}<sub>{step + 1}</sub></span>')
+        parts.append(f"<h2>{html.escape(title)}</h2><div class=canvas>{''.join(cells)}</div>")
+    head = "<meta charset=utf-8><title>Order of generation</title>"
+    body = f"<body>{''.join(parts)}<script>{SCRIPT}</script></body>"
+    return f"<!doctype html><html lang=en>{head}<style>{STYLES}</style>{body}</html>\n"
 
 
-def main(argv=None):
+def read_args(argv):
     parser = eval_gsm8k.Parser(__doc__)
-    add = parser.add_argument
+    add, positive = parser.add_argument, eval_gsm8k.positive
     add("prompt", nargs="?", help="the problem (default: read from standard input)")
     add("--checkpoint", default="out/checkpoint.pt", help="what train.py wrote")
-    add("--strategy", nargs="+", default=["learned"], help="one or several to compare; +eos for eos_aware rules")
-    add("--budget", type=int, help="steps (default: the budget it was trained for)")
+    add("--strategy", nargs="+", default=["learned"], help="one or several; +eos for eos_aware rules")
+    add("--budget", type=positive, help="steps (default: the budget it was trained for)")
     add("--temperature", type=float, default=0.0, help="0 takes the most likely token")
     add("--seed", type=int, default=0, help="seed of the draws")
     add("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
-    add("--html", metavar="FILE", help="write a page that shades each token by the step that revealed it")
+    add("--html", metavar="FILE", help="write a page that shades each token by its step")
     args = parser.parse_args(argv)
-    eval_gsm8k.check_device(args.device)
-    chosen = [("learned", False) if name == "learned" else eval_gsm8k.parse_rules([name])[0] for name in args.strategy]
-    checkpoint = eval_gsm8k.load_checkpoint(args.checkpoint, args.device)
-    budget = checkpoint["budget"] if args.budget is None else args.budget
-    if budget < 1:
-        raise UserError(f"--budget is {budget}: it must be at least 1")
-    if args.temperature < 0:
+    if not 0 <= args.temperature < math.inf:
         raise UserError(f"--temperature is {args.temperature}: it must be at least 0")
+    eval_gsm8k.check_device(args.device)
+    return args
+
+
+def main(argv=None):
+    args = read_args(argv)
+    rules = [(name, eval_gsm8k.parse_rules([name])[0] if name != "learned" else (name, False))
+             for name in args.strategy]  # fmt: skip
+    checkpoint = eval_gsm8k.load_checkpoint(args.checkpoint, args.device)
     prompt = (sys.stdin.read() if args.prompt is None else args.prompt).strip()
-    if not prompt and checkpoint["task"] != "pairs":
+    if not prompt:
         raise UserError("the prompt is empty: give it as an argument or on standard input")
-    denoiser, policy, _, _ = eval_gsm8k.build_models(checkpoint, args.device)
-    if policy is None and ("learned", False) in chosen:
-        raise UserError(f"{args.checkpoint} has no learned order (stage 1 only): give another --strategy")
+    models = eval_gsm8k.build_models(checkpoint, args.device)
+    if models.policy is None and "learned" in args.strategy:
+        raise UserError(f"{args.checkpoint} has no learned order: give another --strategy")
     tokenizer = eval_gsm8k.tokenizer_of(checkpoint["tokenizer"])
-    max_len, canvas_len = checkpoint["config"]["max_len"], checkpoint["canvas_len"]
+    max_len, canvas_len = (checkpoint["config"][name] for name in ("max_len", "canvas_len"))
     problem = {"question": prompt, "answer": ""}
-    if checkpoint["task"] == "sudoku":
-        side = math.isqrt(canvas_len)
-        if [len(row) for row in prompt.split("\n")] != [side] * side or not set(prompt) <= set(".\n123456789"[: side + 2]):
-            raise UserError(f"a puzzle has {side} rows of {side} characters, 1 to {side} or . for a blank: mend the prompt")
-        problem["box"] = checkpoint["box"]
     tokens, canvas, fits = eval_gsm8k.encode_problems([problem], tokenizer, max_len, canvas_len)
     if not fits[0]:
         length = len(tokenizer.encode(prompt + eval_gsm8k.SEPARATOR))
-        raise UserError(f"the prompt has {length} tokens, the model's context leaves {max_len - canvas_len}: shorten it")
-    results = []
-    for strategy, eos_aware in chosen:
-        generator = torch.Generator(args.device).manual_seed(args.seed)
-        out = mdmvi.generate(
-            denoiser, tokens.long().to(args.device), canvas.to(args.device), strategy, budget,
-            policy=policy, temperature=args.temperature, generator=generator, eos_aware=eos_aware,
-        )  # fmt: skip
-        on, title = canvas[0], strategy + (" eos_aware" if eos_aware else "")
-        results.append((title, out.tokens[0].cpu()[on].tolist(), out.reveal_step[0].cpu()[on].tolist(), int(out.steps[0])))
-        print(f"{title}, {results[-1][3]} steps")
+        room = max_len - canvas_len
+        raise UserError(f"the prompt has {length} tokens, the context leaves {room}: shorten it")
+    data, results = (tokens.long().to(args.device), canvas.to(args.device)), []
+    budget = args.budget or checkpoint["args"]["budget"]
+    for name, (strategy, eos_aware) in rules:
+        options = {
+            "policy": models.policy,
+            "temperature": args.temperature,
+            "generator": torch.Generator(args.device).manual_seed(args.seed),
+            "eos_aware": eos_aware,
+        }
+        out = mdmvi.generate(models.denoiser, *data, strategy, budget, **options)
+        row, on, steps = out.tokens[0].cpu(), canvas[0], int(out.steps[0])
+        results.append((name, row[on].tolist(), out.reveal_step[0].cpu()[on].tolist(), steps))
+        print(f"{name}, {steps} steps")
         print("\n".join(show_steps(tokenizer, *results[-1][1:], color=sys.stdout.isatty())))
-        whole = torch.arange(max_len) > 0 if "box" in problem else on
-        print(f"answer:\n{eval_gsm8k.answer_text(tokenizer, out.tokens[0].cpu(), whole)}\n")
+        print(f"answer:\n{eval_gsm8k.answer_text(tokenizer, row, on)}\n")
     if args.html:
         eval_gsm8k.write_file(args.html, page(prompt, results, tokenizer))
 

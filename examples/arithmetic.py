@@ -28,6 +28,8 @@ WORDS = {
     "/2": ("halves them",),
 }
 HELD_OUT = 8  # one set of numbers in eight is kept for testing
+# Operations of each person, drawn alike: one problem in three is about one person.
+LENGTHS = ((3,), (4,), (5,), (2, 2), (2, 2), (2, 3), (2, 3), (3, 2), (3, 2))
 
 
 def apply(value, operation):
@@ -97,10 +99,7 @@ def problems(n, seed, held_out):
     """
     rng, found, asked = random.Random(seed), [], set()
     while len(found) < n:
-        if rng.random() < 1 / 3:
-            lengths = [rng.randint(2, 3)]
-        else:
-            lengths = [rng.randint(1, 2), rng.randint(1, 2)]
+        lengths = rng.choice(LENGTHS)
         chains = [draw_chain(rng, length) for length in lengths]
         if is_held_out(chains) != held_out:
             continue

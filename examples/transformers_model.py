@@ -1,0 +1,254 @@
+"""A learned order for a frozen masked language model of Hugging Face transformers.
+
+    python -m examples.transformers_model --model FOLDER_OR_NAME --data problems.jsonl
+
+The model is BERT-like, or LLaMA-like and trained to fill in masks: its attention is made to go both
+ways. Its code must be part of transformers (pip install transformers). A line of --data is
+{"question", "answer"}; what the model expects between the two belongs to the question. The last
+tenth of the data is held out.
+"""
+
+import math
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+import mdmvi
+from eval_gsm8k import Parser, UserError, check_device, positive, read_records, run_main
+
+BOTH_WAYS = {"is_causal": False, "use_cache": False}  # BERT-like models attend so anyway
+TAU = 0.1
+BATCH = 8  # problems a step
+PATHS = 7  # paths a problem
+COPY = 0.4  # share of the training that learns from searched orders, before the bound takes over
+
+
+class TransformersDenoiser:
+    """mdmvi's denoiser around a frozen model of transformers: its base, then the parts of its head.
+
+    canvas_len: the most places a canvas has (0: any number). Raises UserError where these parts do
+    not make up the model, or where it still looks only backwards.
+    """
+
+    def __init__(self, model, mask_id, eos_id, canvas_len=0):
+        self.model = model.eval().requires_grad_(False)
+        self.mask_id, self.eos_id, self.canvas_len = mask_id, eos_id, canvas_len
+        self.head = nn.Sequential(*(m for m in model.children() if m is not model.base_model))
+        self.check(type(model).__name__)
+
+    @torch.no_grad()
+    def __call__(self, tokens):
+        """int64 [B, N] -> last hidden states fp32 [B, N, D]."""
+        return self.model.base_model(input_ids=tokens, **BOTH_WAYS).last_hidden_state.float()
+
+    @torch.no_grad()
+    def logits(self, hidden):
+        """fp32 [..., D] -> fp32 [..., V], -inf for MASK."""
+        logits = self.head(hidden.to(self.model.dtype)).float()
+        logits[..., self.mask_id] = -math.inf
+        return logits
+
+    @torch.no_grad()
+    def check(self, name):
+        tokens = torch.tensor([[0, 0], [0, 1]], device=self.model.device)
+        hidden = self(tokens)
+        own = self.model(input_ids=tokens, **BOTH_WAYS).logits.float()
+        own[..., self.mask_id] = -math.inf
+        try:
+            same = torch.allclose(self.logits(hidden), own, rtol=1e-3, atol=1e-3)
+        except (RuntimeError, TypeError):  # parts that do not follow one another
+            same = False
+        if not same:
+            raise UserError(f"the head of {name} is not its parts in a row: take another model")
+        if torch.equal(hidden[0, 0], hidden[1, 0]):
+            raise UserError(f"{name} looks only backwards: update transformers or take another")
+
+
+def load_model(name, mask_id, canvas_len, device):
+    """(denoiser, tokenizer) of a local folder or a hub name. Raises UserError."""
+    try:
+        import transformers
+    except ImportError:
+        raise UserError("this program needs the package transformers: pip install transformers")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        config = transformers.AutoConfig.from_pretrained(name)
+        masked = "MaskedLM" in str(config.architectures)
+        kind = transformers.AutoModelForMaskedLM if masked else transformers.AutoModelForCausalLM
+        model, info = kind.from_pretrained(name, output_loading_info=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # noqa: BLE001 (many kinds, all of which mean: not to be had)
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+        raise UserError(f"cannot load {name} ({why}): give the folder of a model, or go online")
+    if info["missing_keys"]:
+        raise UserError(
+            f"{name} has no weights for {min(info['missing_keys'])}: take another model"
+        )
+    masks = (mask_id, tokenizer.mask_token_id, getattr(config, "mask_token_id", None))
+    mask_id = token_id("MASK: give --mask-id", config.vocab_size, *masks)
+    ends = (tokenizer.eos_token_id, tokenizer.sep_token_id)
+    eos_id = token_id("EOS or SEP: take a tokenizer that has", config.vocab_size, *ends)
+    return TransformersDenoiser(model.to(device), mask_id, eos_id, canvas_len), tokenizer
+
+
+def token_id(what, vocab_size, *choices):
+    """The first of `choices` that is not None, or UserError if it is no token of the model."""
+    found = next((i for i in choices if i is not None), None)
+    if found is None or not 0 <= found < vocab_size:
+        raise UserError(f"none of the model's {vocab_size} tokens is {what}")
+    return found
+
+
+def encode_file(path, tokenizer, denoiser, max_len):
+    """A file of {"question", "answer"} as prompt, canvas filled with EOS, EOS off it.
+
+    Returns (tokens int64 [M, N], canvas bool [M, N], how many did not fit). The prompt gets the
+    special tokens of the tokenizer, such as [CLS]. Raises UserError for what cannot be read.
+    """
+    rows, left_out, length = [], 0, denoiser.canvas_len
+    for where, record in read_records(Path(path)):
+        columns = record if isinstance(record, dict) else {}
+        texts = [columns.get(key) for key in ("question", "answer")]
+        if not all(isinstance(text, str) for text in texts):
+            raise UserError(f"{path} {where} has no texts question and answer: mend or remove it")
+        prompt = tokenizer.encode(texts[0])
+        answer = tokenizer.encode(texts[1], add_special_tokens=False)
+        if max(prompt + answer, default=0) >= denoiser.model.config.vocab_size:
+            raise UserError(f"{path} {where} has tokens that the model lacks: another tokenizer?")
+        if len(prompt) + length > max_len or len(answer) > length or denoiser.mask_id in answer:
+            left_out += 1
+        else:
+            rows.append(prompt + answer + [denoiser.eos_id] * (length - len(answer)))
+    if len(rows) < 2:
+        raise UserError(
+            f"{len(rows)} problems fit into {max_len} tokens, {length} of them canvas, "
+            "but 2 are needed: give another --canvas-len or more --data"
+        )
+    lengths = torch.tensor([[len(row)] for row in rows])
+    place = torch.arange(int(lengths.max()))
+    padded = [torch.tensor(row) for row in rows]
+    tokens = nn.utils.rnn.pad_sequence(padded, batch_first=True, padding_value=denoiser.eos_id)
+    return tokens, (place >= lengths - length) & (place < lengths), left_out
+
+
+def make_networks(denoiser, max_len):
+    """A policy as wide as the model, and a small posterior with an embedding of its own."""
+    model, shape = denoiser.model, (2, 4, 128, 256)  # layers, heads, width, hidden
+    ids = (denoiser.mask_id, denoiser.eos_id)
+    config = mdmvi.ModelConfig(model.config.vocab_size, max_len, *shape, *ids)
+    policy, posterior = mdmvi.UnmaskPolicy(model.config.hidden_size), mdmvi.RunPosterior(config)
+    return policy.to(model.device), posterior.to(model.device)
+
+
+def learn_order(networks, tokens, canvas, budget, steps, generator=None):
+    """Train the last two of (denoiser, policy, posterior): on searched orders, then on the bound.
+
+    tokens int64 [M, N], clean; canvas bool [M, N]. A step takes BATCH (PATHS + 1) denoiser passes.
+    """
+    parts = list(zip(tokens.split(64), canvas.split(64)))
+    search = tqdm(parts, desc="search", unit="batch")
+    order = torch.cat([mdmvi.sure_prefix_order(networks[0], *part, budget) for part in search])
+    groups = mdmvi.order_groups(*networks)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.1)
+    bar = tqdm(range(steps), desc="order", unit="step", mininterval=1.0)
+    for step in bar:
+        copying = step < COPY * steps
+        n = BATCH * (PATHS + 1) if copying else BATCH
+        rows = torch.randint(len(tokens), (n,), device=tokens.device, generator=generator)
+        data = (*networks, tokens[rows], canvas[rows])
+        if copying:
+            loss, _ = mdmvi.known_order_loss(*data, order[rows], budget, generator)
+        else:
+            loss, _ = mdmvi.importance_order_loss(*data, budget, TAU, PATHS, generator)
+        loss.backward()
+        mdmvi.update([optimizer], step, steps)
+        bar.set_postfix_str(f"loss {float(loss.detach()):.4f}", refresh=False)
+
+
+def generate_blocks(denoiser, tokens, canvas, block_len, strategy, budget, **options):
+    """Fill the canvas block by block from the left, as LLaDA (arXiv 2502.09992) and Fast-dLLM do.
+
+    `mdmvi.generate` is called once for each block_len places, what lies to the right still masked.
+    budget: steps a block; options: those of `generate`. Returns a Generation, its steps counted on.
+    """
+    place = canvas.cumsum(1) - 1
+    tokens = tokens.masked_fill(canvas, denoiser.mask_id)
+    reveal_step = torch.full_like(tokens, -1)
+    steps = torch.zeros_like(tokens[:, 0])
+    for start in range(0, int(canvas.sum(1).max()), block_len):
+        block = canvas & (place >= start) & (place < start + block_len)
+        out = mdmvi.generate(denoiser, tokens, block, strategy, budget, **options)
+        tokens = out.tokens
+        reveal_step = torch.where(block, steps[:, None] + out.reveal_step, reveal_step)
+        steps = steps + out.steps
+    return mdmvi.Generation(tokens, reveal_step, steps)
+
+
+def print_generations(denoiser, policy, tokenizer, tokens, canvas, budget, block_len, generator):
+    """Each prompt, and what the learned order, top_prob at as many steps, and blocks make of it."""
+    options = {"policy": policy, "generator": generator}
+    problems = (denoiser, tokens, canvas)
+    learned = mdmvi.generate(*problems, "learned", budget, **options)
+    steps = math.ceil(learned.steps.float().mean())
+    share = math.ceil(budget * block_len / denoiser.canvas_len)
+    blocks = generate_blocks(*problems, block_len, "learned", share, **options)
+    top_prob = mdmvi.generate(*problems, "top_prob", steps)
+    for i, (row, on) in enumerate(zip(tokens, canvas)):
+        print(f"\nprompt: {tokenizer.decode(row[: int(on.int().argmax())])}")
+        for name, out in (("learned", learned), ("top_prob", top_prob), ("in blocks", blocks)):
+            ids = out.tokens[i][on].tolist()
+            ids = ids[: ids.index(denoiser.eos_id)] if denoiser.eos_id in ids else ids
+            print(f"  {name}, {int(out.steps[i])} steps: {tokenizer.decode(ids)}")
+
+
+def parse_args(argv):
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--model", required=True, help="folder of a model and its tokenizer, or hub name")
+    add("--data", required=True, help=".json/.jsonl(.gz/.xz) file of questions and answers")
+    add("--mask-id", type=int, help="the token that stands for MASK (default: the model tells)")
+    add("--canvas-len", type=positive, default=64, help="tokens in the canvas")
+    add("--budget", type=positive, default=5, help="steps of generation, T")
+    add("--block-len", type=positive, default=16, help="tokens in a block, when decoding in blocks")
+    add("--steps", type=positive, default=1000, help="training steps")
+    add("--seed", type=int, default=0, help="seed of the weights and of every draw")
+    add("--device", default=device, help="cpu, cuda, cuda:1, ...")
+    args = parser.parse_args(argv)
+    check_device(args.device)
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    denoiser, tokenizer = load_model(args.model, args.mask_id, args.canvas_len, args.device)
+    context = getattr(denoiser.model.config, "max_position_embeddings", math.inf)
+    max_len = min(context, tokenizer.model_max_length)
+    tokens, canvas, left_out = encode_file(args.data, tokenizer, denoiser, max_len)
+    tokens, canvas = tokens.to(args.device), canvas.to(args.device)
+    held_out = min(64, max(1, len(tokens) // 10))
+    n = len(tokens) - held_out
+    print(f"{n} problems to learn from, {held_out} held out, {left_out} do not fit", flush=True)
+    torch.manual_seed(args.seed)
+    networks = (denoiser, *make_networks(denoiser, tokens.shape[1]))
+    generator = torch.Generator(args.device).manual_seed(args.seed)
+
+    def bound(networks):
+        data = (tokens[n:], canvas[n:], args.budget, TAU)
+        return float(mdmvi.order_elbo(*networks, *data, 4, generator).sum() / canvas[n:].sum())
+
+    before = bound(networks)
+    learn_order(networks, tokens[:n], canvas[:n], args.budget, args.steps, generator)
+    print(f"\nELBO at T={args.budget}, nats per canvas token, of the problems held out")
+    print(f"  uniform orders         {bound((denoiser, None, None)):.4f}")
+    print(f"  learned order, before  {before:.4f}")
+    print(f"  learned order, after   {bound(networks):.4f}")
+    shown = (tokens[n : n + 3], canvas[n : n + 3], args.budget, args.block_len, generator)
+    print_generations(denoiser, networks[1], tokenizer, *shown)
+
+
+if __name__ == "__main__":
+    run_main(main)

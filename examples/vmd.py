@@ -1,0 +1,450 @@
+"""Variational masked diffusion (Zhang et al., arXiv 2510.23606): a latent shared by all positions.
+
+    python -m examples.vmd                          # two tokens in one step: the table, 4 minutes
+    python -m examples.vmd --data d1 --seed 1       # one of the two data sets
+    python -m examples.vmd --sudoku                 # 6x6 Sudoku in three steps
+
+Tokens revealed in one step are drawn independently. Here z ~ N(0, I) is drawn first, and all of them
+see it, so it can carry what they have in common. Any bound of mdmvi on the denoiser given z becomes
+
+    log p(x_0 | c) >= E_{z ~ q(z | c, x_0)} bound(x_0 | c, z) - KL( q(z | c, x_0) || N(0, I) ).
+
+Two models are trained, with the latent and without; they differ by nothing else.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+import mdmvi
+import train
+from eval_gsm8k import (
+    Parser,
+    UserError,
+    aligned,
+    check_device,
+    positive,
+    run_main,
+    wilson,
+    write_file,
+)
+
+# ---------------------------------------------------------------------------------------------------
+# Model
+# ---------------------------------------------------------------------------------------------------
+
+
+class LatentEncoder(nn.Module):
+    """q(z | c, x_0) = N(mu, diag exp(log_var)): clean tokens int64 [B, N], canvas bool [B, N] ->
+    (mu, log_var), each float [B, latent_dim]. It reads everything and pools over the canvas."""
+
+    def __init__(self, config, latent_dim):
+        super().__init__()
+        self.trunk = mdmvi.Trunk(config, min(2, config.n_layer))
+        self.out = nn.Linear(config.n_embd, 2 * latent_dim)
+
+    def forward(self, tokens, canvas):
+        share = canvas / canvas.sum(1, keepdim=True)
+        pooled = (self.trunk(tokens) * share[:, :, None]).sum(1)
+        return self.out(pooled).float().chunk(2, dim=-1)
+
+
+class LatentDenoiser(mdmvi.Denoiser):
+    """p_theta(x^i | x_s, z): tokens int64 [B, N], z float [B, latent_dim] -> hidden [B, N, D].
+
+    z is mapped into the embedding of every position. The encoder of z is a part of it.
+    """
+
+    def __init__(self, config, latent_dim):
+        super().__init__(config)
+        self.latent_dim = latent_dim
+        self.from_z = nn.Linear(latent_dim, config.n_embd, bias=False)
+        nn.init.normal_(self.from_z.weight, std=0.02)
+        self.encoder = LatentEncoder(config, latent_dim)
+
+    def forward(self, tokens, z):
+        return self.trunk(tokens, self.from_z(z)[:, None])
+
+
+class Given:
+    """The denoiser with z [B, latent_dim] fixed: a denoiser as the bounds of mdmvi take one.
+
+    Called with several times B rows (paths), each z serves as many neighbours. Not for mdmvi.generate,
+    where rows leave the batch.
+    """
+
+    def __init__(self, denoiser, z):
+        self.denoiser, self.z = denoiser, z
+        self.logits = denoiser.logits
+        self.mask_id, self.eos_id = denoiser.mask_id, denoiser.eos_id
+
+    def __call__(self, tokens):
+        return self.denoiser(tokens, self.z.repeat_interleave(len(tokens) // len(self.z), 0))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Bounds
+# ---------------------------------------------------------------------------------------------------
+
+
+def gaussian_kl(mu, log_var):
+    """KL( N(mu, diag exp(log_var)) || N(0, I) ) in nats, [B], from mu and log_var [B, latent_dim]."""
+    return 0.5 * (mu.square() + log_var.exp() - 1 - log_var).sum(-1)
+
+
+def draw_latent(encoder, tokens, canvas, generator=None):
+    """z ~ q(z | c, x_0) [B, latent_dim], reparameterised, and KL( q || N(0, I) ) [B] in nats."""
+    mu, log_var = encoder(tokens, canvas)
+    noise = torch.randn(mu.shape, device=mu.device, generator=generator)
+    return mu + (0.5 * log_var).exp() * noise, gaussian_kl(mu, log_var)
+
+
+def random_steps_loss(denoiser, tokens, canvas, budget, generator=None):
+    """Negative bound of generation in T = budget uniformly random steps, nats per canvas token.
+
+    At step s a token is still masked with probability t = (T - s) / T, and is revealed with probability
+    1 / (T - s) = 1 / (t T): mdmvi.mdm_loss, with t of 1/T, 2/T .. 1 only. Raises ValueError on a budget
+    below 1.
+    """
+    mdmvi.at_least_one(budget=budget)
+    t = 1.0 - mdmvi.stratified_uniform(len(tokens), tokens.device, generator)
+    t = (t * budget).ceil() / budget
+    u = torch.rand(tokens.shape, device=tokens.device, generator=generator)
+    log_p, _ = mdmvi.token_log_prob(denoiser, tokens, canvas & (u < t[:, None]))
+    return -(log_p.sum(1) / t / canvas.sum(1)).mean()
+
+
+def vmd_loss(denoiser, tokens, canvas, budget, generator=None):
+    """Negative VMD bound for `budget` uniformly random steps, nats per canvas token (scalar).
+
+    The budget matters: with a step for each token the bound without a latent can be tight already, and
+    z has nothing to add. Raises ValueError on a budget below 1.
+    """
+    z, kl = draw_latent(denoiser.encoder, tokens, canvas, generator)
+    loss = random_steps_loss(Given(denoiser, z), tokens, canvas, budget, generator)
+    return loss + (kl / canvas.sum(1)).mean()
+
+
+def vmd_order_loss(denoiser, policy, posterior, tokens, canvas, budget, tau, paths, generator=None):
+    """mdmvi.importance_order_loss with a latent: one z for each x_0, which its paths share.
+
+    Arguments and errors are the same; stats has latent_kl as well, nats per canvas token.
+    """
+    z, kl = draw_latent(denoiser.encoder, tokens, canvas, generator)
+    loss, stats = mdmvi.importance_order_loss(
+        Given(denoiser, z), policy, posterior, tokens, canvas, budget, tau, paths, generator
+    )
+    latent_kl = (kl / canvas.sum(1)).mean()
+    return loss + latent_kl, {**stats, "latent_kl": latent_kl.detach()}
+
+
+@torch.no_grad()
+def vmd_elbo(denoiser, policy, posterior, tokens, canvas, budget, tau, samples, generator=None):
+    """mdmvi.order_elbo with a latent: estimate [B], nats per sequence, a new z for each sample.
+
+    With policy and posterior None it is the bound that `vmd_loss` trains.
+    """
+    mdmvi.at_least_one(samples=samples)
+    total = 0.0
+    for _ in range(samples):
+        z, kl = draw_latent(denoiser.encoder, tokens, canvas, generator)
+        bound = mdmvi.order_elbo(
+            Given(denoiser, z), policy, posterior, tokens, canvas, budget, tau, 1, generator
+        )
+        total = total + bound - kl
+    return total / samples
+
+
+# ---------------------------------------------------------------------------------------------------
+# Sampling
+# ---------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def generate(
+    denoiser, tokens, canvas, strategy, budget, policy=None, temperature=0.0, generator=None
+):
+    """mdmvi.generate with a latent: each row draws z ~ N(0, I) first and keeps it in all its steps.
+
+    Finished rows stay in the batch, so that rows and z go together. Returns an mdmvi.Generation. Raises
+    ValueError on an unknown strategy, a budget below 1, or "learned" without a policy.
+    """
+    mdmvi.at_least_one(budget=budget)
+    if strategy not in mdmvi.STRATEGIES or (strategy == "learned" and policy is None):
+        raise ValueError(f"strategy {strategy!r} is unknown, or needs a policy")
+    z = torch.randn(len(tokens), denoiser.latent_dim, device=tokens.device, generator=generator)
+    tokens = tokens.masked_fill(canvas, denoiser.mask_id)
+    reveal_step = torch.full_like(tokens, -1)
+    masked = canvas
+    for s in range(budget):
+        if not masked.any():
+            break
+        hidden = denoiser(tokens, z)
+        logits = denoiser.logits(hidden[masked])
+        if s == budget - 1:
+            reveal = masked
+        elif strategy == "learned":
+            reveal = mdmvi.choose_by_policy(policy(hidden), masked, generator)
+        else:
+            reveal = mdmvi.choose_by_rule(strategy, logits, masked, budget - s, None, generator)
+        drawn = mdmvi.draw_tokens(logits, temperature, generator)
+        tokens = torch.where(reveal, tokens.masked_scatter(masked, drawn), tokens)
+        reveal_step = reveal_step.masked_fill(reveal, s)
+        masked = masked & ~reveal
+    return mdmvi.Generation(tokens, reveal_step, reveal_step.amax(1) + 1)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------
+
+
+class Method(NamedTuple):
+    name: str
+    loss: Callable  # (denoiser, tokens, canvas, budget, generator) -> scalar
+    elbo: Callable  # arguments of mdmvi.order_elbo
+    generate: Callable  # arguments of mdmvi.generate
+
+
+PLAIN = Method("plain MDM", random_steps_loss, mdmvi.order_elbo, mdmvi.generate)
+VMD = Method("VMD", vmd_loss, vmd_elbo, generate)
+END_LR = 0.01  # share of the peak learning rate that is left at the end
+# In two dimensions the pairs often settle on a ring; on a line their slices of N(0, 1) are sharper.
+RECIPES = {
+    "pairs": {"size": "tiny", "latent_dim": 1, "budget": 1, "steps": 4000, "batch": 64, "lr": 1e-2},
+    "sudoku": {
+        "size": "small",
+        "latent_dim": 4,
+        "budget": 3,
+        "steps": 5500,
+        "batch": 32,
+        "lr": 6e-3,
+    },
+}
+
+
+def train_denoiser(method, recipe, vocab_size, length, draw, seed, device, label):
+    """A denoiser trained by `method` on draw(n, generator) -> (tokens, canvas), of `length` tokens
+    below `vocab_size`. Raises UserError where the loss is no number."""
+    shape = train.SIZES[recipe["size"]]
+    config = mdmvi.ModelConfig(vocab_size, length, *shape, mask_id=vocab_size, eos_id=0)
+    torch.manual_seed(seed)
+    if method is VMD:
+        denoiser = LatentDenoiser(config, recipe["latent_dim"]).to(device)
+    else:
+        denoiser = mdmvi.Denoiser(config).to(device)
+    generator = torch.Generator(device).manual_seed(seed)
+    groups = mdmvi.order_groups(denoiser, None, None, recipe["lr"])
+    optimizers = train.make_optimizers(groups, "muon")
+    steps, total = recipe["steps"], 0.0
+    bar = tqdm(range(steps), desc=f"{label}, {method.name}", unit="step", mininterval=1.0)
+    for step in bar:
+        tokens, canvas = draw(recipe["batch"], generator)
+        loss = method.loss(denoiser, tokens, canvas, recipe["budget"], generator)
+        loss.backward()
+        mdmvi.update(optimizers, step, steps, END_LR)
+        total = total + loss.detach()
+        if step % 20 == 19 or step == steps - 1:  # the only place that waits for the device
+            mean = float(total) / (step % 20 + 1)
+            if not math.isfinite(mean):
+                bar.close()
+                raise UserError(f"loss is {mean} at step {step + 1}: try another --seed")
+            bar.set_postfix_str(f"loss {mean:.4f}", refresh=False)
+            total = 0.0
+    return denoiser.eval()
+
+
+def mean_bound(method, denoiser, tokens, canvas, budget, seed):
+    """Average bound of uniformly random orders, nats per sequence, from four samples each."""
+    generator = torch.Generator(tokens.device).manual_seed(seed)
+    bound = method.elbo(denoiser, None, None, tokens, canvas, budget, 1.0, 4, generator)
+    return float(bound.mean())
+
+
+# ---------------------------------------------------------------------------------------------------
+# Two tokens: the pairs (k, k + 1 mod 10)
+# ---------------------------------------------------------------------------------------------------
+
+WEIGHTS = {"d1": [1] * 10, "d2": list(range(1, 11))}  # of k = 0 .. 9
+START = 10  # a prompt: attention sees distances only, to which two MASKs alone would look the same
+DRAWN = 10_000  # pairs scored in each row of the table
+
+
+def draw_pairs(kind, n, generator):
+    """START and n pairs of digits: (tokens int64 [n, 3], canvas bool [n, 3]), where the generator is."""
+    weights = torch.tensor(WEIGHTS[kind], dtype=torch.float, device=generator.device)
+    first = torch.multinomial(weights, n, replacement=True, generator=generator)
+    tokens = torch.stack((torch.full_like(first, START), first, (first + 1) % 10), 1)
+    return tokens, tokens != START
+
+
+def true_pairs(kind):
+    """Probability of each pair of tokens, float64 [11, 11]."""
+    truth = torch.zeros(START + 1, START + 1, dtype=torch.double)
+    for k, weight in enumerate(WEIGHTS[kind]):
+        truth[k, (k + 1) % 10] = weight / sum(WEIGHTS[kind])
+    return truth
+
+
+def score_pairs(method, denoiser, kind, budget, temperature, seed, device):
+    """(share of valid pairs, total variation distance from the truth) of DRAWN generated pairs."""
+    generator = torch.Generator(device).manual_seed(seed)
+    tokens = torch.tensor([[START, 0, 0]], device=device).repeat(DRAWN, 1)
+    out = method.generate(
+        denoiser, tokens, tokens != START, "random", budget, None, temperature, generator
+    )
+    truth = true_pairs(kind)
+    found = out.tokens.cpu() @ torch.tensor([0, START + 1, 1])
+    share = torch.bincount(found, minlength=truth.numel()).view(truth.shape).double() / DRAWN
+    return float(share[truth > 0].sum()), float((share - truth).abs().sum() / 2)
+
+
+def run_pairs(kind, recipe, seed, device):
+    """Train both models on the pairs of a kind: rows of the table, as --json writes them."""
+    tokens, canvas = draw_pairs(kind, DRAWN, torch.Generator(device).manual_seed(seed + 1))
+    rows = []
+    for method in (PLAIN, VMD):
+
+        def draw(n, generator):
+            return draw_pairs(kind, n, generator)
+
+        denoiser = train_denoiser(method, recipe, START + 1, 3, draw, seed, device, kind)
+        bound = mean_bound(method, denoiser, tokens, canvas, recipe["budget"], seed)
+        for temperature in (1.0, 0.0):
+            valid, distance = score_pairs(
+                method, denoiser, kind, recipe["budget"], temperature, seed, device
+            )
+            row = {"data": kind, "model": method.name, "temperature": temperature}
+            rows.append({**row, "valid": valid, "total_variation": distance, "bound": bound})
+    return rows
+
+
+def print_pairs(rows, recipe):
+    names = ("data", "model", "temperature", "valid pairs %", "total variation", "bound, nats")
+    lines = [names]
+    for row in rows:
+        line = (row["data"], row["model"], f"{row['temperature']:.0f}", f"{100 * row['valid']:.1f}")
+        lines.append((*line, f"{row['total_variation']:.3f}", f"{row['bound']:.3f}"))
+    print(
+        f"\n{DRAWN:,} pairs a row, T={recipe['budget']}, latent dimensions: {recipe["latent_dim"]}"
+    )
+    for kind in dict.fromkeys(row["data"] for row in rows):
+        truth = true_pairs(kind)
+        print(f"{kind}: no bound can be above {float(truth.xlogy(truth).sum()):.3f}")
+    print(f"\n{aligned(lines)}")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Sudoku, its cells in a few steps
+# ---------------------------------------------------------------------------------------------------
+
+BOX = (2, 3)  # rows and columns of a box
+TRAINING = 60_000  # puzzles to train on
+PUZZLES = 500  # held-out ones that are scored
+RULES = [strategy for strategy in mdmvi.STRATEGIES if strategy != "learned"]
+
+
+def run_sudoku(recipe, seed, device):
+    """Train both models on puzzles: rows of the table, as --json writes them."""
+    known = sudoku.problems(TRAINING, seed, False, BOX)
+    held_out = sudoku.problems(PUZZLES, seed + 1, True, BOX)
+    data = [x.to(device) for x in sudoku.encode(known, with_answers=True)]
+    test = [x.to(device) for x in sudoku.encode(held_out, with_answers=True)]
+    blank = [x.to(device) for x in sudoku.encode(held_out, with_answers=False)]
+    vocab_size, length, budget = int(data[0].max()) + 1, data[0].shape[1], recipe["budget"]
+    rows = []
+    for method in (PLAIN, VMD):
+
+        def draw(n, generator):
+            return train.pick(data, n, generator)
+
+        denoiser = train_denoiser(method, recipe, vocab_size, length, draw, seed, device, "sudoku")
+        bound = mean_bound(method, denoiser, *test, budget, seed)
+        for rule in RULES:
+            generator = torch.Generator(device).manual_seed(seed)
+            out = method.generate(denoiser, *blank, rule, budget, None, 0.0, generator)
+            texts = [sudoku.grid_text(row.tolist()) for row in out.tokens]
+            solved = sum(sudoku.solves(text, puzzle) for text, puzzle in zip(texts, held_out))
+            row = {"data": "sudoku", "model": method.name, "rule": rule}
+            rows.append({**row, "solved": solved / PUZZLES, "bound": bound})
+    return rows
+
+
+def print_sudoku(rows, recipe):
+    lines = [("rule", PLAIN.name, VMD.name)]
+    for rule in RULES:
+        shares = []
+        for method in (PLAIN, VMD):
+            row = next(r for r in rows if (r["rule"], r["model"]) == (rule, method.name))
+            low, high = wilson(round(row["solved"] * PUZZLES), PUZZLES)
+            shares.append(f"{100 * row['solved']:.1f} [{low:.1f}, {high:.1f}]")
+        lines.append((rule, *shares))
+    bounds = {row["model"]: f"{row['bound']:.3f}" for row in rows}
+    lines.append(("bound, nats", bounds[PLAIN.name], bounds[VMD.name]))
+    latent = f"latent dimensions: {recipe["latent_dim"]}"
+    print(
+        f"\n{PUZZLES} held-out puzzles, T={recipe['budget']}, {latent}; solved %\n\n{aligned(lines)}"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------
+# The command line
+# ---------------------------------------------------------------------------------------------------
+
+
+def parse_args(argv=None):
+    """(args, recipe) from the command line; raises UserError for what is out of range."""
+    parser = Parser(__doc__)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pairs, grids = RECIPES["pairs"], RECIPES["sudoku"]
+
+    def add(name, text, **options):
+        parser.add_argument(name, help=text, **options)
+
+    def add_number(name, text):
+        both = f"{text} (default: {pairs[name]}, with --sudoku {grids[name]})"
+        add("--" + name.replace("_", "-"), both, type=positive)
+
+    add("--data", "pairs: d1 is uniform, d2 is not (default: d1 d2)", nargs="+", choices=WEIGHTS)
+    add("--sudoku", "puzzles instead of pairs", action="store_true")
+    add_number("latent_dim", "dimensions of z")
+    add_number("budget", "steps of generation, T")
+    add_number("steps", "training steps of each model")
+    add("--seed", "seed of the weights and of every draw", type=int, default=0)
+    add("--device", "cpu, cuda, cuda:1, ...", default=device)
+    add("--json", "write the rows of the table as JSON", metavar="FILE")
+    args = parser.parse_args(argv)
+    if args.data and args.sudoku:
+        raise UserError("--data names pairs, --sudoku is without: give one of the two")
+    if not 0 <= args.seed < 2**62:
+        raise UserError(f"--seed is {args.seed}: it must be at least 0, and below 2^62")
+    if args.json and not Path(args.json).absolute().parent.is_dir():
+        raise UserError(f"--json {args.json} is in a folder that is not there: make it first")
+    check_device(args.device)
+    recipe = dict(grids if args.sudoku else pairs)
+    given = {name: getattr(args, name) for name in ("latent_dim", "budget", "steps")}
+    recipe.update({name: value for name, value in given.items() if value is not None})
+    return args, recipe
+
+
+def main(argv=None):
+    args, recipe = parse_args(argv)
+    if args.sudoku:
+        rows = run_sudoku(recipe, args.seed, args.device)
+        print_sudoku(rows, recipe)
+    else:
+        kinds = dict.fromkeys(args.data or WEIGHTS)
+        rows = [row for kind in kinds for row in run_pairs(kind, recipe, args.seed, args.device)]
+        print_pairs(rows, recipe)
+    if args.json:
+        write_file(args.json, json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -38,9 +38,9 @@ class UserError(Exception):
     """Something the user can put right: printed as one line on stderr, exit code 2."""
 
 
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Tokenizer: lossless; digits one token each, the marks of an equation, frequent words, else bytes
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 SYMBOLS = (">> <<", ">> #### ", "<<", ">>", "####", "||", "+", "-", "*", "/", "=")
 MARKS = (*SYMBOLS, *"0123456789")
@@ -50,7 +50,7 @@ PIECE = re.compile("|".join(map(re.escape, MARKS)) + "|" + WORD, re.DOTALL)
 
 
 class Tokenizer:
-    """Ids: 0 is EOS (no text), 1..256 the bytes, then the pieces. `mask_id` is one past the last."""
+    """Ids: 0 is EOS (no text), 1..256 the bytes, then the pieces; `mask_id` comes after them."""
 
     eos_id = 0
 
@@ -70,8 +70,10 @@ class Tokenizer:
     def encode(self, text):
         ids = []
         for piece in PIECE.findall(text):
-            known = self.ids.get(piece)
-            ids.extend([known] if known else [1 + b for b in piece.encode("utf-8", "surrogatepass")])
+            if piece in self.ids:
+                ids.append(self.ids[piece])
+            else:
+                ids.extend(1 + b for b in piece.encode("utf-8", "surrogatepass"))
         return ids
 
     def decode(self, ids):
@@ -82,9 +84,9 @@ class Tokenizer:
             return text.decode("utf-8", "replace")
 
     def token_bytes(self, i):
-        if i > 256:
-            return self.pieces[i - 257].encode("utf-8", "surrogatepass") if i != self.mask_id else b""
-        return bytes([i - 1]) if i else b""
+        if i in (self.eos_id, self.mask_id):
+            return b""
+        return bytes([i - 1]) if i < 257 else self.pieces[i - 257].encode("utf-8", "surrogatepass")
 
 
 class LlamaTokenizer:
@@ -115,9 +117,9 @@ def tokenizer_of(pieces):
     return LlamaTokenizer(pieces) if isinstance(pieces, str) else Tokenizer(pieces)
 
 
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # GSM8K: reading data files, checking answers
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 OPENERS = {".gz": gzip.open, ".xz": lzma.open}
 SUFFIXES = tuple(kind + packed for kind in (".json", ".jsonl") for packed in ("", ".gz", ".xz"))
@@ -129,7 +131,9 @@ def read_records(path):
         with OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8") as file:
             text = file.read()
     except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError) as error:
-        raise UserError(f"cannot read {path}: {error}; give a UTF-8 .json or .jsonl, .gz or .xz too")
+        raise UserError(
+            f"cannot read {path}: {error}; give a UTF-8 .json or .jsonl, .gz or .xz too"
+        )
     if not text.strip():
         raise UserError(f"{path} is empty: give a file with one JSON object a line")
     if text.lstrip().startswith("["):
@@ -159,7 +163,9 @@ def hub_records(name, split):
         rows = datasets.load_dataset(name, subset, split=split)
     except Exception as error:  # the hub client raises many kinds, all of which mean: not to be had
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120]}"
-        raise UserError(f"cannot load {name} from the hub ({reason}): go online or give a local file")
+        raise UserError(
+            f"cannot load {name} from the hub ({reason}): go online or give a local file"
+        )
     return ((f"row {i}", row) for i, row in enumerate(rows))
 
 
@@ -264,9 +270,9 @@ def solves_equations(text, reference):
     return final_number(text) == right
 
 
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # From problems to tensors and back; checkpoints
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 def encode_problems(problems, tokenizer, max_len, canvas_len, with_answers=True):
@@ -331,7 +337,9 @@ def fill(network, state, where):
     try:
         network.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError):
-        raise UserError(f"{where} does not fit the rest of the checkpoint: it is damaged, train again")
+        raise UserError(
+            f"{where} does not fit the rest of the checkpoint: it is damaged, train again"
+        )
 
 
 def build_models(checkpoint, device="cpu"):
@@ -352,9 +360,9 @@ def build_models(checkpoint, device="cpu"):
     return models if has_order else models._replace(policy=None)
 
 
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Scoring
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 def wilson(right, n, z=1.96):
@@ -383,7 +391,9 @@ def is_solved(text, problem):
     return solves_equations(text, problem["reference"])
 
 
-def attempt(problems, tokenizer, tokens, canvas, strategy, budget, denoiser, batch, seed, **options):
+def attempt(
+    problems, tokenizer, tokens, canvas, strategy, budget, denoiser, batch, seed, **options
+):
     """Generate a solution for every problem with one strategy; an empty canvas stays unsolved.
 
     Returns a dict: answered and solved (lists of bools), steps (list), seconds, texts.
@@ -425,12 +435,13 @@ def rule_name(strategy, eos_aware):
 
 
 def score(run, models, budgets, rules, sweep, progress):
-    """Rows for the table: the learned order, then every rule at its average steps, rounded up, and at
-    its largest number; without a policy, at the budgets; then every rule at the steps of `sweep`.
+    """Rows for the table: the learned order, then every rule at its average steps, rounded up,
+    and at its largest number; without a policy, at the budgets; then every rule at the steps of
+    `sweep`.
 
     run(strategy, budget, denoiser, **options) is an attempt. Each rule runs on the order-trained
-    denoiser and on the plain one, and keeps the one with more right answers. Returns (rows, {budget:
-    attempt of the learned order}).
+    denoiser and on the plain one, and keeps the one with more right answers. Returns (rows,
+    {budget: attempt of the learned order}).
     """
     rows, learned, done = [], {}, {}
 
@@ -511,10 +522,12 @@ def by_length(problems, result):
     lengths = [problem["answer"].count("<<") for problem in problems]
     for n in sorted(set(lengths)):
         chosen = [i for i, length in enumerate(lengths) if length == n]
-        means = {key: sum(result[key][i] for i in chosen) / len(chosen) for key in result if key in
-                 ("steps", "answered", "solved")}  # fmt: skip
-        line = (str(n), str(len(chosen)), f"{means['steps']:.2f}")
-        lines.append((*line, f"{100 * means['answered']:.1f}", f"{100 * means['solved']:.1f}"))
+        steps, answered, solved = (
+            sum(result[key][i] for i in chosen) / len(chosen)
+            for key in ("steps", "answered", "solved")
+        )
+        shares = (f"{100 * answered:.1f}", f"{100 * solved:.1f}")
+        lines.append((str(n), str(len(chosen)), f"{steps:.2f}", *shares))
     return aligned(lines)
 
 
@@ -531,9 +544,19 @@ def catching_up(rows):
 
 
 def print_scores(
-    problems, tokenizer, max_len, canvas_len, models, budgets,
-    rules=None, sweep=(), batch=128, seed=0, json_file=None, plot_file=None,
-):  # fmt: skip
+    problems,
+    tokenizer,
+    max_len,
+    canvas_len,
+    models,
+    budgets,
+    rules=None,
+    sweep=(),
+    batch=128,
+    seed=0,
+    json_file=None,
+    plot_file=None,
+):
     """Score, print the table and what belongs to it, write the files."""
     layout = (tokenizer, max_len, canvas_len)
     tokens, canvas, fits = encode_problems(problems, *layout, with_answers=False)
@@ -556,7 +579,9 @@ def print_scores(
 
         rows, learned = score(run, models, budgets, rules, sweep, progress)
     precision = "TF32" if device.type == "cuda" else "fp32"
-    print(f"\n{len(problems)} problems, {precision}; p: exact McNemar test of learned against a rule\n")
+    print(
+        f"\n{len(problems)} problems, {precision}; p: exact McNemar test, learned against a rule\n"
+    )
     print(table(rows))
     for budget in learned:
         print(f"\nlearned order, T={budget}, by number of equations\n")
@@ -600,9 +625,9 @@ def plot(rows, path):
         raise UserError(f"cannot write {path} ({error}): give another file, .png, .svg or .pdf")
 
 
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # The command line
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -635,7 +660,9 @@ def check_device(name):
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError):
-        raise UserError(f"--device {name} is not there: choose cpu, or cuda on a machine with a GPU")
+        raise UserError(
+            f"--device {name} is not there: choose cpu, or cuda on a machine with a GPU"
+        )
     if torch.device(name).type == "cuda":
         torch.cuda.set_device(name)
         torch.set_float32_matmul_precision("high")
@@ -646,7 +673,9 @@ def pick_problems(checkpoint, data, n):
     if data:
         return load_gsm8k(data, checkpoint["args"]["answers"], "test")[:n]
     if checkpoint["args"]["data"]:
-        raise UserError("this checkpoint was trained on --data: give --data here, a file or hub name")
+        raise UserError(
+            "this checkpoint was trained on --data: give --data here, a file or hub name"
+        )
     return arithmetic.problems(n or 2000, 1, True)
 
 
@@ -655,11 +684,11 @@ def main(argv=None):
     add = parser.add_argument
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--checkpoint", default="out/checkpoint.pt", help="what train.py wrote")
-    add("--data", help=".json/.jsonl(.gz/.xz) file, folder or hub name (default: embedded problems)")
+    add("--data", help=".json/.jsonl(.gz/.xz) file, folder or hub name (default: embedded ones)")
     add("--budget", type=positive, nargs="+", help="budgets T (default: the one trained for)")
     add("--strategies", nargs="+", metavar="RULE", help="rules to compare with (default: all)")
     add("--sweep", type=positive, nargs="+", default=(), help="score the rules at these steps too")
-    add("--problems", type=positive, help="how many (default: 2000 embedded ones, or the whole file)")
+    add("--problems", type=positive, help="how many (default: 2000 embedded ones, or the file)")
     add("--batch", type=positive, default=128, help="problems generated together")
     add("--seed", type=int, default=0, help="seed of the draws")
     add("--device", default=device, help="cpu, cuda, cuda:1, ...")
@@ -673,10 +702,18 @@ def main(argv=None):
     problems = pick_problems(checkpoint, args.data, args.problems)
     layout = (checkpoint["config"]["max_len"], checkpoint["config"]["canvas_len"])
     print_scores(
-        problems, tokenizer_of(checkpoint["tokenizer"]), *layout, models,
+        problems,
+        tokenizer_of(checkpoint["tokenizer"]),
+        *layout,
+        models,
         args.budget or [checkpoint["args"]["budget"]],
-        rules, args.sweep, args.batch, args.seed, args.json, args.plot,
-    )  # fmt: skip
+        rules,
+        args.sweep,
+        args.batch,
+        args.seed,
+        args.json,
+        args.plot,
+    )
 
 
 def run_main(main):

@@ -8,17 +8,19 @@ reveal together is a latent variable r here, learned by variational inference (F
     2. posterior          q_phi(r | x_0): an order that is drawn without running the denoiser
     3. bound, gradient    plain MDM loss, the ELBO over orders, its RLOO gradient
     4. samplers           the learned order and the fixed rules it is compared with
-    5. beyond the paper   what we added to make orders learn; the scripts use it, [F] does not have it
+    5. beyond the paper   what we added to make orders learn: the scripts use it, [F] lacks it
 
 Shapes: B batch, N sequence length, L canvas length, V vocabulary, D width, T = budget (steps).
-`canvas` is a bool [B, N], true where the answer goes, in at least one place of every row. `masked` is
-the part of it that is still hidden (M_s). `tokens` are the clean sequence x_0, int64 [B, N]; x_s is x_0
-with M_s replaced by MASK. `generator` is a torch.Generator on the tensors' device, or None for the
-global one. Log-probabilities are in nats. (R) marks what is rebuilt from summaries of [F].
+`canvas` is a bool [B, N], true where the answer goes, in at least one place of every row.
+`masked` is the part of it that is still hidden (M_s). `tokens` are the clean sequence x_0, int64
+[B, N]; x_s is x_0 with M_s replaced by MASK. `generator` is a torch.Generator on the tensors'
+device, or None for the global one. Log-probabilities are in nats. (R) marks what is rebuilt from
+summaries of [F].
 
-A denoiser is any object with `denoiser(tokens)` -> hidden [B, N, D], `denoiser.logits(hidden [M, D])`
--> [M, V], and the attributes `mask_id` and (for eos_aware rules) `eos_id`. It never predicts MASK.
-A policy maps hidden -> pi_logits [B, N], a posterior (tokens, canvas) -> log_alpha [B, N], below 0.
+A denoiser is any object with `denoiser(tokens)` -> hidden [B, N, D], `denoiser.logits(hidden)`
+for hidden [M, D] -> [M, V], and the attributes `mask_id` and (for eos_aware rules) `eos_id`. It
+never predicts MASK. A policy maps hidden -> pi_logits [B, N], a posterior maps (tokens, canvas)
+-> log_alpha [B, N], below 0.
 """
 
 import math
@@ -29,17 +31,17 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # 1. Model: a LLaMA-shaped transformer that attends over everything, with no time conditioning, so
 #    that the SMDM checkpoints (Nie et al., arXiv 2410.18514) fit by renaming keys.
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class ModelConfig:
-    """Shape of a denoiser. `mask_id` lies inside the vocabulary or is equal to `vocab_size`; then only
-    the embedding has a row for it. `canvas_len` is the most places a canvas has (0: any number).
-    `rope_bf16` rounds the rotary tables as SMDM did."""
+    """Shape of a denoiser. `mask_id` lies inside the vocabulary or is equal to `vocab_size`; then
+    only the embedding has a row for it. `canvas_len` is the most places a canvas has (0: any
+    number). `rope_bf16` rounds the rotary tables as SMDM did."""
 
     vocab_size: int
     max_len: int
@@ -129,7 +131,8 @@ class Denoiser(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.mask_id, self.eos_id, self.canvas_len = config.mask_id, config.eos_id, config.canvas_len
+        self.mask_id, self.eos_id = config.mask_id, config.eos_id
+        self.canvas_len = config.canvas_len
         self.trunk = Trunk(config, config.n_layer)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         nn.init.normal_(self.lm_head.weight, std=0.02)
@@ -182,19 +185,20 @@ def token_log_prob(denoiser, tokens, masked):
     return log_p.new_zeros(tokens.numel()).scatter_add(0, place, log_p).view(tokens.shape), hidden
 
 
-# ---------------------------------------------------------------------------------------------------
-# 2. Posterior over orders (R): alpha = alpha_phi(c, x_0) in (0, 1), one score a position, once, and
-#    q(r | x_s, x_0) = prod_{i in M_s} Bern(r_i; rho_i),  rho_i = (alpha_i / max_{M_s} alpha)^(1/tau).
-#    The best masked position has rho = 1, so a step always reveals something; positions with scores
-#    within about tau of it are revealed along with it.
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
+# 2. Posterior over orders (R): alpha = alpha_phi(c, x_0) in (0, 1), one score a position, once,
+#        q(r | x_s, x_0) = prod_{i in M_s} Bern(r_i; rho_i),
+#        rho_i = (alpha_i / max_{j in M_s} alpha_j)^(1/tau).
+#    The best masked position has rho = 1, so a step always reveals something; positions with
+#    scores within about tau of it are revealed along with it.
+# ------------------------------------------------------------------------------------------------
 
 
 class OrderPosterior(nn.Module):
-    """log alpha_phi(c, x_0): clean tokens int64 [B, N], canvas bool [B, N] -> log_alpha [B, N], below 0.
+    """log alpha_phi(c, x_0) below 0, [B, N], from clean tokens int64 [B, N], canvas bool [B, N].
 
-    n_layer: depth of its own trunk (default: 2, or the denoiser's depth if that is less). The scores
-    start all alike, which reveals everything at once.
+    n_layer: depth of its own trunk (default: 2, or the denoiser's depth if that is less). The
+    scores start all alike, which reveals everything at once.
     """
 
     outputs = 1
@@ -202,7 +206,7 @@ class OrderPosterior(nn.Module):
     def __init__(self, config, n_layer=None):
         super().__init__()
         self.trunk = Trunk(config, min(2, config.n_layer) if n_layer is None else n_layer)
-        self.on_canvas = nn.Parameter(torch.zeros(config.n_embd))  # tells what is given from what is not
+        self.on_canvas = nn.Parameter(torch.zeros(config.n_embd))  # added where the answer goes
         self.score = nn.Linear(config.n_embd, self.outputs)
         nn.init.zeros_(self.score.weight)
         nn.init.zeros_(self.score.bias)
@@ -254,9 +258,9 @@ def draw_path(log_alpha, canvas, steps, tau, generator=None, max_steps=None):
     return masked, log_q
 
 
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # 3. Bounds and their gradients:  log p(x_0 | c) >= ELBO = E_{M ~ q} sum_{s < T} f_s(M_s).
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 def at_least_one(**values):
@@ -289,8 +293,9 @@ def step_bound(denoiser, policy, tokens, masked, log_r, last):
 
         f_s = sum_{i in M_s} [ rho_i log p_theta(x_0^i | x_s) - KL( Bern(rho_i) || Bern(pi_i) ) ]
 
-    The token term is Rao-Blackwellised: the expectation over r_s is in closed form. masked bool [B, N]
-    (M_s); log_r float [B, N] is log rho; last bool [B]: the row is at s = T - 1, where rho = pi = 1.
+    The token term is Rao-Blackwellised: the expectation over r_s is in closed form. masked bool
+    [B, N] (M_s); log_r float [B, N] is log rho; last bool [B]: the row is at s = T - 1, where rho
+    = pi = 1.
     """
     log_p, hidden = token_log_prob(denoiser, tokens, masked)
     pi_logits = policy(hidden)
@@ -303,7 +308,7 @@ def step_bound(denoiser, policy, tokens, masked, log_r, last):
 
 
 def leave_one_out(value):
-    """RLOO baseline: for value [B, K], the mean of the other K - 1 entries of its row (0 if K = 1)."""
+    """RLOO baseline [B, K]: the mean of the other K - 1 values of a row (0 if K = 1)."""
     K = value.shape[1]
     return (value.sum(1, keepdim=True) - value) / (K - 1) if K > 1 else torch.zeros_like(value)
 
@@ -313,9 +318,9 @@ def path_bound(
 ):
     """weight * E_q f_s(M_s) from K paths that share x_0 and s: (value [B], kl [B]), in nats.
 
-    s int64 [B]; weight float [B]; log_alpha float [B, N]. The gradient of `value` goes through log p, pi
-    and rho, plus the score-function term (weight f_s - b) grad log q(r_0 .. r_{s-1}), where b is the
-    leave-one-out mean over the K paths. That term has the value 0.
+    s int64 [B]; weight float [B]; log_alpha float [B, N]. The gradient of `value` goes through
+    log p, pi and rho, plus the score-function term (weight f_s - b) grad log q(r_0 .. r_{s-1}),
+    where b is the leave-one-out mean over the K paths. That term has the value 0.
     """
     B, K = len(tokens), paths
     tokens, canvas, log_alpha, s = (
@@ -330,15 +335,13 @@ def path_bound(
     return (f + score_term).mean(1), weight * kl.detach().view(B, K).mean(1)
 
 
-def order_loss(
-    denoiser, policy, posterior, tokens, canvas, budget, tau, paths, generator=None
-):
-    """Negative ELBO over orders, nats per canvas token, with its RLOO gradient: the estimator of [F].
+def order_loss(denoiser, policy, posterior, tokens, canvas, budget, tau, paths, generator=None):
+    """Negative ELBO over orders, nats per canvas token, with its RLOO gradient, as in [F].
 
-    Each x_0 gets one step s, uniform on 0 .. T-1 and stratified over the batch, and K paths up to M_s:
-    the estimate is the mean of T f_s(M_s), from B K denoiser passes. Returns (loss scalar, stats: dict
-    of detached scalars, elbo and kl in nats per canvas token). Raises ValueError on a budget or paths
-    below 1, or tau not above 0.
+    Each x_0 gets one step s, uniform on 0 .. T-1 and stratified over the batch, and K paths up to
+    M_s: the estimate is the mean of T f_s(M_s), from B K denoiser passes. Returns (loss scalar,
+    stats: dict of detached scalars, elbo and kl in nats per canvas token). Raises ValueError on a
+    budget or paths below 1, or tau not above 0.
     """
     check_order_arguments(budget, paths, tau)
     u = stratified_uniform(len(tokens), tokens.device, generator)
@@ -359,14 +362,12 @@ def check_order_arguments(budget, paths, tau):
 
 
 @torch.no_grad()
-def order_elbo(
-    denoiser, policy, posterior, tokens, canvas, budget, tau, samples, generator=None
-):
+def order_elbo(denoiser, policy, posterior, tokens, canvas, budget, tau, samples, generator=None):
     """Monte Carlo estimate [B] (nats per sequence) of the ELBO, over `samples` full paths.
 
-    With policy and posterior None: the bound of uniformly random orders at this budget, where every
-    token picks its step uniformly (rho_i = pi_i = 1 / (T - s), so KL = 0). Takes samples * T passes.
-    Raises ValueError on a budget or samples below 1.
+    With policy and posterior None: the bound of uniformly random orders at this budget, where
+    every token picks its step uniformly (rho_i = pi_i = 1 / (T - s), so KL = 0). Takes samples *
+    T passes. Raises ValueError on a budget or samples below 1.
     """
     at_least_one(budget=budget, samples=samples)
     total = torch.zeros(len(tokens), device=tokens.device)
@@ -387,10 +388,10 @@ def order_elbo(
     return total / samples
 
 
-# ---------------------------------------------------------------------------------------------------
-# 4. Samplers: the learned order, and the fixed rules (Kim et al., arXiv 2502.06768, for top_prob and
-#    top_prob_margin).
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
+# 4. Samplers: the learned order, and the fixed rules (Kim et al., arXiv 2502.06768, for top_prob
+#    and top_prob_margin).
+# ------------------------------------------------------------------------------------------------
 
 CONFIDENCE_RULES = ("top_prob", "top_prob_margin", "entropy", "threshold")  # these may be eos_aware
 STRATEGIES = ("learned", "iid", *CONFIDENCE_RULES, "left_to_right", "random")
@@ -399,7 +400,7 @@ THRESHOLD = 0.9  # of the rule of this name: reveal what is at least as probable
 
 class Generation(NamedTuple):
     tokens: torch.Tensor  # int64 [B, N]
-    reveal_step: torch.Tensor  # int64 [B, N], the step that revealed each position, -1 off the canvas
+    reveal_step: torch.Tensor  # int64 [B, N], when each was revealed, -1 off the canvas
     steps: torch.Tensor  # int64 [B], forward passes used
 
 
@@ -429,11 +430,11 @@ def confidence(strategy, logits):
 def choose_by_rule(strategy, logits, masked, steps_left, eos_id=None, generator=None):
     """Positions a fixed rule reveals, bool [B, N], at least one in each row that has any left.
 
-    logits [M, V], of the M places of `masked` (bool [B, N]) in row-major order; steps_left int, this
-    one counted. The rules that rank take the best K = masked / steps_left, rounded up; iid draws each
-    with probability 1 / steps_left; threshold takes all above THRESHOLD; these two take their best one
-    where that gives none. eos_id (ours): masked positions whose most likely token is EOS are revealed
-    at once and do not count towards K.
+    logits [M, V], of the M places of `masked` (bool [B, N]) in row-major order; steps_left int,
+    this one counted. The rules that rank take the best K = masked / steps_left, rounded up; iid
+    draws each with probability 1 / steps_left; threshold takes all above THRESHOLD; these two
+    take their best one where that gives none. eos_id (ours): masked positions whose most likely
+    token is EOS are revealed at once and do not count towards K.
     """
     if strategy in CONFIDENCE_RULES:
         score = masked.float().masked_scatter(masked, confidence(strategy, logits))
@@ -471,15 +472,22 @@ def draw_tokens(logits, temperature, generator=None):
 
 @torch.no_grad()
 def generate(
-    denoiser, tokens, canvas, strategy, budget,
-    policy=None, temperature=0.0, generator=None, eos_aware=False,
-):  # fmt: skip
+    denoiser,
+    tokens,
+    canvas,
+    strategy,
+    budget,
+    policy=None,
+    temperature=0.0,
+    generator=None,
+    eos_aware=False,
+):
     """Fill the canvas in at most `budget` forward passes; the last one reveals all that is left.
 
     What lies on the canvas is ignored. strategy: one of STRATEGIES, "learned" needs `policy`;
-    eos_aware: see `choose_by_rule`, for CONFIDENCE_RULES only; temperature of the tokens' draw. Rows
-    that are finished leave the batch. Returns a Generation. Raises ValueError on an unknown strategy,
-    a budget below 1, "learned" without a policy, or eos_aware with another rule.
+    eos_aware: see `choose_by_rule`, for CONFIDENCE_RULES only; temperature of the tokens' draw.
+    Rows that are finished leave the batch. Returns a Generation. Raises ValueError on an unknown
+    strategy, a budget below 1, "learned" without a policy, or eos_aware with another rule.
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"unknown strategy {strategy!r}: choose from {', '.join(STRATEGIES)}")
@@ -513,7 +521,7 @@ def generate(
     return Generation(tokens, reveal_step, steps)
 
 
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # 5. Beyond the paper. From scores all alike the gradient of the bound finds a poor order in a short
 #    training. What helps (RESULTS.md says how much):
 #      RunPosterior           neighbours share a step unless a cut parts them
@@ -521,15 +529,16 @@ def generate(
 #      left_to_right_order    a search for orders of known solutions, to begin with
 #      known_order_loss       the bound of such orders, and the posterior's imitation of them
 #      order_groups, update   rates of the three networks, each clipped by itself
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 class RunPosterior(OrderPosterior):
     """An `OrderPosterior` whose orders are runs: log alpha falls by SPACING at each cut.
 
-    A cut is a sigmoid in front of each position, sharpened by SHARPEN; a position's level is the sum of
-    the cuts up to it. When each token has a number of its own, errors of about tau put tokens that
-    belong together into different steps; here a run moves as one. SPACING is made for tau = 0.1.
+    A cut is a sigmoid in front of each position, sharpened by SHARPEN; a position's level is the
+    sum of the cuts up to it. When each token has a number of its own, errors of about tau put
+    tokens that belong together into different steps; here a run moves as one. SPACING is made for
+    tau = 0.1.
     """
 
     SPACING, SHARPEN = 0.4, 2.0
@@ -539,8 +548,10 @@ class RunPosterior(OrderPosterior):
         return -self.SPACING * (cut * canvas).cumsum(1)
 
     def start_from(self, denoiser):
-        """Copy the embedding and first blocks of a `Denoiser`: it has learned to read the text. The
-        embedding is not trained on: with a large vocabulary that is most of the posterior's cost."""
+        """Copy the embedding and first blocks of a `Denoiser`, which has learned to read.
+
+        The embedding is not trained on: with a large vocabulary it is most of the cost.
+        """
         state = denoiser.trunk.state_dict()
         self.trunk.load_state_dict({name: state[name] for name in self.trunk.state_dict()})
         self.trunk.wte.requires_grad_(False)
@@ -551,9 +562,10 @@ class RunPosterior(OrderPosterior):
 def draw_step(log_alpha, canvas, budget, tau, paths, generator=None):
     """A step s of 1 .. T-1 to train on, int64 [B], and its probability P(s), fp32 [B].
 
-    Most steps of a large budget find nothing left to reveal. So s is drawn, four times in five, in
-    proportion to how many of some paths have something left at s: `paths` of them for each row, drawn
-    for this only; the fifth time from all steps alike, so that P(s) > 0. budget T above 1.
+    Most steps of a large budget find nothing left to reveal. So s is drawn, four times in five,
+    in proportion to how many of some paths have something left at s: `paths` of them for each
+    row, drawn for this only; the fifth time from all steps alike, so that P(s) > 0. budget T
+    above 1.
     """
     masked = canvas.repeat_interleave(paths, 0)
     log_alpha = log_alpha.repeat_interleave(paths, 0)
@@ -594,13 +606,13 @@ def importance_order_loss(
 
 @torch.no_grad()
 def sure_prefix_order(denoiser, tokens, canvas, budget, sure=0.9):
-    """An order of known tokens that can be told from what is revealed: step int64 [B, N], -1 off canvas.
+    """An order of known tokens that the revealed ones tell: step int64 [B, N], -1 off the canvas.
 
-    A step reveals the masked places from the left up to the first one that the denoiser is not sure of
-    (its most likely token has a probability below `sure`). That one is revealed as well if it would
-    stay unsure: it is a choice, and what follows may hang on it; otherwise it waits for what is being
-    revealed. The last step reveals all that is left. Takes 2 (T - 1) passes. Raises ValueError on a
-    budget below 1.
+    A step reveals the masked places from the left up to the first one that the denoiser is not
+    sure of (its most likely token has a probability below `sure`). That one is revealed as well
+    if it would stay unsure: it is a choice, and what follows may hang on it; otherwise it waits
+    for what is being revealed. The last step reveals all that is left. Takes 2 (T - 1) passes.
+    Raises ValueError on a budget below 1.
     """
     at_least_one(budget=budget)
     masked, step = canvas, torch.full_like(tokens, -1)
@@ -624,9 +636,9 @@ def sure_places(denoiser, tokens, masked, sure):
 def known_order_loss(denoiser, policy, posterior, tokens, canvas, step, budget, generator=None):
     """Learn from known orders, step int64 [B, N] (-1 off the canvas): (loss scalar, stats).
 
-    The negative bound of the order itself (rho is 0 or 1, nats per canvas token), at one step s of
-    those it takes, drawn uniformly; plus the cross-entropy of a `RunPosterior`'s cuts (nats per canvas
-    token), which teaches it the order. One pass a problem.
+    The negative bound of the order itself (rho is 0 or 1, nats per canvas token), at one step s
+    of those it takes, drawn uniformly; plus the cross-entropy of a `RunPosterior`'s cuts (nats
+    per canvas token), which teaches it the order. One pass a problem.
     """
     length, used = canvas.sum(1), step.amax(1) + 1
     u = stratified_uniform(len(tokens), tokens.device, generator)
@@ -656,15 +668,17 @@ def order_groups(denoiser, policy, posterior, lr=1e-3, policy_lr=3e-3, posterior
         named = network.named_parameters() if isinstance(network, nn.Module) else ()
         params = [(key, p) for key, p in named if p.requires_grad]
         if params:
-            groups.append({"params": params, "lr": peaks[name], "peak": peaks[name], "network": name})
+            peak = peaks[name]
+            groups.append({"params": params, "lr": peak, "peak": peak, "network": name})
     return groups
 
 
 def update(optimizers, step, steps, end=0.1):
     """One update after backward(), for groups as `order_groups` makes them, at `step` of `steps`.
 
-    Each network's gradient is clipped to norm 1 by itself: the posterior's is rarely, but then by far,
-    the largest. The rate warms up over 1% of the steps and falls along a cosine to `end` of its peak.
+    Each network's gradient is clipped to norm 1 by itself: the posterior's is rarely, but then by
+    far, the largest. The rate warms up over 1% of the steps and falls along a cosine to `end` of
+    its peak.
     """
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     for name in {group["network"] for group in groups}:

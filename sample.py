@@ -1,7 +1,7 @@
-"""Generate for one prompt and show the order: the canvas after each step, or a page to step through.
+"""Generate for one prompt and show the order: the canvas after each step, or a page of it.
 
-    python sample.py "Ben has 8 cups, halves them and finds 2. Ann has 3 and doubles them. How many cups in all?"
-    python sample.py --strategy learned left_to_right top_prob+eos --html order.html < prompt.txt
+python sample.py "Ben has 8 cups, halves them and finds 2. How many cups now?"
+python sample.py --strategy learned left_to_right top_prob+eos --html order.html < prompt.txt
 """
 
 import html
@@ -14,28 +14,46 @@ import eval_gsm8k
 import mdmvi
 from eval_gsm8k import UserError
 
-STYLES = """body{font:16px/1.6 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
-.canvas{font-family:ui-monospace,monospace;line-height:2.4}.canvas span{display:inline-block;min-width:1ch;
-padding:.1rem .25rem;margin:1px;border-radius:4px;text-align:center;white-space:pre}.canvas sub{font-size:.6em;
-opacity:.7}.hidden{background:#eee!important;color:transparent!important}.hidden sub{color:#999}
-.new{outline:2px solid #d33}input{width:20rem;vertical-align:middle}"""
+STYLES = """
+body { font: 16px/1.6 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; color: #222 }
+.canvas { font-family: ui-monospace, monospace; line-height: 2.4 }
+.canvas span { display: inline-block; min-width: 1ch; padding: .1rem .25rem; margin: 1px;
+  border-radius: 4px; text-align: center; white-space: pre }
+.canvas sub { font-size: .6em; opacity: .7 }
+.hidden { background: #eee !important; color: transparent !important }
+.hidden sub { color: #999 }
+.new { outline: 2px solid #d33 }
+input { width: 20rem; vertical-align: middle }
+"""
 
-SCRIPT = """const bar=document.getElementById('step'),show=document.getElementById('at');
-function draw(){show.textContent=bar.value;document.querySelectorAll('[data-step]').forEach(e=>{
-const s=+e.dataset.step;e.classList.toggle('hidden',s>=+bar.value);e.classList.toggle('new',s==bar.value-1)})}
-bar.oninput=draw;document.onkeydown=e=>{if(e.target!=bar&&(e.key=='ArrowRight'||e.key=='ArrowLeft'))
-{bar.value=+bar.value+(e.key=='ArrowRight'?1:-1);draw()}};draw();"""
+SCRIPT = """
+const bar = document.getElementById("step"), at = document.getElementById("at");
+function draw() {
+  at.textContent = bar.value;
+  for (const e of document.querySelectorAll("[data-step]")) {
+    e.classList.toggle("hidden", +e.dataset.step >= +bar.value);
+    e.classList.toggle("new", +e.dataset.step == +bar.value - 1);
+  }
+}
+bar.oninput = draw;
+document.onkeydown = (e) => {
+  if (e.target == bar) return;
+  if (e.key == "ArrowRight") { bar.stepUp(); draw(); }
+  if (e.key == "ArrowLeft") { bar.stepDown(); draw(); }
+};
+draw();
+"""
 
 
 def token_text(tokenizer, token):
-    """One token as it is shown: EOS as a dot, a line break as an arrow, a byte that is no text as a box."""
+    """One token as it is shown: EOS is a dot, a line break an arrow, a stray byte a box."""
     if token == tokenizer.eos_id:
         return "·"
     return tokenizer.decode([token]).replace("\n", "⏎").replace("\ufffd", "▯")
 
 
 def show_steps(tokenizer, tokens, reveal_step, steps, color):
-    """Lines of text: the canvas after each step, newly revealed tokens highlighted, and who came when."""
+    """Lines of text: the canvas after each step with its new tokens marked, and the order."""
     texts = [token_text(tokenizer, t) for t in tokens]
     lines = []
     for step in range(steps):
@@ -48,7 +66,8 @@ def show_steps(tokenizer, tokens, reveal_step, steps, color):
             else:
                 cells.append(text)
         lines.append(f"step {step + 1}: {''.join(cells)}")
-    lines.append("order:  " + " ".join(f"{text.strip() or '␣'}:{s + 1}" for text, s in zip(texts, reveal_step)))
+    order = (f"{text.strip() or '␣'}:{s + 1}" for text, s in zip(texts, reveal_step))
+    lines.append("order:  " + " ".join(order))
     return lines
 
 
@@ -69,7 +88,8 @@ def page(prompt, results, tokenizer):
             color = "#fff" if step < steps / 2 else "#222"
             style = f"background:{shade(step, steps)};color:{color}"
             text = html.escape(token_text(tokenizer, token))
-            cells.append(f'<span data-step={step} style="{style}">{text}<sub>{step + 1}</sub></span>')
+            cell = f"{text}<sub>{step + 1}</sub>"
+            cells.append(f'<span data-step={step} style="{style}">{cell}</span>')
         parts.append(f"<h2>{html.escape(title)}</h2><div class=canvas>{''.join(cells)}</div>")
     head = "<meta charset=utf-8><title>Order of generation</title>"
     body = f"<body>{''.join(parts)}<script>{SCRIPT}</script></body>"
@@ -81,7 +101,7 @@ def read_args(argv):
     add, positive = parser.add_argument, eval_gsm8k.positive
     add("prompt", nargs="?", help="the problem (default: read from standard input)")
     add("--checkpoint", default="out/checkpoint.pt", help="what train.py wrote")
-    add("--strategy", nargs="+", default=["learned"], help="one or several; +eos for eos_aware rules")
+    add("--strategy", nargs="+", default=["learned"], help="one or several, like top_prob+eos")
     add("--budget", type=positive, help="steps (default: the budget it was trained for)")
     add("--temperature", type=float, default=0.0, help="0 takes the most likely token")
     add("--seed", type=int, default=0, help="seed of the draws")
@@ -96,8 +116,10 @@ def read_args(argv):
 
 def main(argv=None):
     args = read_args(argv)
-    rules = [(name, eval_gsm8k.parse_rules([name])[0] if name != "learned" else (name, False))
-             for name in args.strategy]  # fmt: skip
+    rules = [
+        (name, eval_gsm8k.parse_rules([name])[0] if name != "learned" else (name, False))
+        for name in args.strategy
+    ]
     checkpoint = eval_gsm8k.load_checkpoint(args.checkpoint, args.device)
     prompt = (sys.stdin.read() if args.prompt is None else args.prompt).strip()
     if not prompt:

@@ -1,13 +1,13 @@
-"""Training: stage 1 (plain MDM), the equal-compute baseline (more of it), stage 2 (orders), the table.
+"""Training: stage 1 (plain MDM), the equal-compute baseline, stage 2 (orders), and the table.
 
     python train.py                                    # embedded word problems, CPU, minutes
     python train.py --data openai/gsm8k                # or a local .jsonl(.gz|.xz) file or folder
     python train.py --resume                           # go on from out/checkpoint.pt
-    python train.py --start out/plain.pt --budget 10 --out out10      # stage 2 only, another budget
+    python train.py --start out/plain.pt --budget 10 --out out10      # stage 2, another budget
 
-Everything is in one file, out/checkpoint.pt; out/plain.pt is that file as it was before stage 2, and
-out/log.jsonl tells what happened on the way. The method is in mdmvi.py, data and scoring are in
-eval_gsm8k.py; here are the flags, the loop and the checkpoints.
+Everything is in one file, out/checkpoint.pt; out/plain.pt is that file as it was before stage 2,
+and out/log.jsonl tells what happened on the way. The method is in mdmvi.py, data and scoring are
+in eval_gsm8k.py; here are the flags, the loop and the checkpoints.
 """
 
 import contextlib
@@ -97,32 +97,38 @@ def parse_args(argv=None):
     for field in fields(Args):
         name, text = "--" + field.name.replace("_", "-"), helps[field.name]
         if field.type is bool:
-            parser.add_argument(name, action=BooleanOptionalAction, default=field.default, help=text)
+            parser.add_argument(
+                name, action=BooleanOptionalAction, default=field.default, help=text
+            )
         else:
-            options = {"type": field.type, "default": field.default, "choices": CHOICES.get(field.name)}
+            choices = CHOICES.get(field.name)
+            options = {"type": field.type, "default": field.default, "choices": choices}
             parser.add_argument(name, help=text, **options)
     args = Args(**vars(parser.parse_args(argv)))
     for field in fields(Args):
-        value, least = getattr(args, field.name), 0 if field.name in AT_LEAST_0 else 1
+        flag, value = "--" + field.name.replace("_", "-"), getattr(args, field.name)
+        least = 0 if field.name in AT_LEAST_0 else 1
         if field.type is int and value < least:
-            raise UserError(f"--{field.name.replace('_', '-')} is {value}: it must be at least {least}")
+            raise UserError(f"{flag} is {value}: it must be at least {least}")
         if field.type is float and not 0 <= value < math.inf:
-            raise UserError(f"--{field.name.replace('_', '-')} is {value}: it must be 0 or more")
+            raise UserError(f"{flag} is {value}: it must be 0 or more")
     if args.tau == 0 or args.end_lr > 1:
         raise UserError("--tau must be above 0, and --end-lr at most 1")
     if args.batch % args.accumulate or args.order_batch % args.accumulate:
         raise UserError(f"--accumulate {args.accumulate} must divide --batch and --order-batch")
     if args.canvas_len >= args.max_len:
-        raise UserError(f"--canvas-len {args.canvas_len} leaves no prompt in --max-len {args.max_len}")
+        raise UserError(
+            f"--canvas-len {args.canvas_len} leaves no prompt in --max-len {args.max_len}"
+        )
     if args.init and args.size != "170m":
         raise UserError("--init needs --size 170m")
     eval_gsm8k.check_device(args.device)
     return args
 
 
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # The run: models, data, checkpoint
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 class Run:
@@ -186,19 +192,23 @@ class Run:
         os.replace(f"{path}.tmp", path)
 
     def load(self, path, may_differ):
-        """Go on from a checkpoint; raises UserError where its flags or its vocabulary are others."""
+        """Go on from a checkpoint. Raises UserError where its flags or vocabulary are others."""
         state = eval_gsm8k.load_checkpoint(path, self.device)
         for name, here in asdict(self.args).items():
             there = state["args"].get(name)
             if name not in may_differ and there != here:
                 flag = "--" + name.replace("_", "-")
-                raise UserError(f"{path} has {flag} {there}, this run {here}: give its, or another --out")
+                raise UserError(
+                    f"{path} has {flag} {there}, this run {here}: give its, or another --out"
+                )
         if state["tokenizer"] != self.tokenizer.pieces:
             raise UserError(f"{path} has another vocabulary: give the --data it was trained with")
         if state["plain"] is not None:
             self.begin_baseline()
         for name in ("denoiser", "plain", "policy", "posterior"):
-            if state[name] is not None and (name in ("denoiser", "plain") or "posterior" not in may_differ):
+            if state[name] is not None and (
+                name in ("denoiser", "plain") or "posterior" not in may_differ
+            ):
                 eval_gsm8k.fill(getattr(self, name), state[name], path, name)
         self.generator.set_state(state["generator"].cpu())
         self.stage, self.step = state["stage"], state["step"]
@@ -234,9 +244,9 @@ def make_tokenizer(args, problems):
     return eval_gsm8k.Tokenizer.build(texts)
 
 
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Optimisers
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 def orthogonalised(matrices):
@@ -251,8 +261,11 @@ def orthogonalised(matrices):
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al.) for matrices, all of one shape at once; torch's own takes them one by one
-    in bf16, which is slow on CPUs. Updates have the size of AdamW's (Liu et al., arXiv 2502.16982)."""
+    """Muon (Jordan et al.) for matrices, all of one shape at once.
+
+    torch's own takes them one by one, in bf16 on any device, which is slow on most CPUs. Updates
+    have the size of AdamW's (Liu et al., arXiv 2502.16982).
+    """
 
     def __init__(self, groups):
         super().__init__(groups, {"weight_decay": 0.1, "momentum": 0.95})
@@ -286,7 +299,9 @@ def make_optimizers(groups, name):
     """
     rest, matrices = [], []
     for group in groups:
-        in_block = [name == "muon" and p.dim() == 2 and "blocks." in key for key, p in group["params"]]
+        in_block = [
+            name == "muon" and p.dim() == 2 and "blocks." in key for key, p in group["params"]
+        ]
         pairs = list(zip(group["params"], in_block))
         rest.append({**group, "params": [named for named, is_in in pairs if not is_in]})
         matrices.append({**group, "params": [named for named, is_in in pairs if is_in]})
@@ -295,9 +310,9 @@ def make_optimizers(groups, name):
     return [adamw, Muon(matrices)] if matrices else [adamw]
 
 
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Training
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 def autocast(device):
@@ -369,7 +384,7 @@ def train_step(run, stage, step, steps, data, n, optimizers):
 
 
 def compile_passes(run, stage, data, n):
-    """torch.compile the network passes with their loss, and try it on a micro-batch of this stage."""
+    """torch.compile the passes with their loss, and try it on a micro-batch of this stage."""
     if not run.args.compile:
         return
     eager, state = mdmvi.token_log_prob, run.generator.get_state()
@@ -424,7 +439,8 @@ def train_stage(run, stage, data, stop, log):
             rate = since / (time.perf_counter() - began)
             bar.set_postfix_str(f"loss {mean:.4f}", refresh=False)
             numbers = {key: float(value) for key, value in stats.items()}
-            log({"stage": stage, "step": run.step, "loss": mean, "steps_per_second": rate, **numbers})
+            row = {"stage": stage, "step": run.step, "loss": mean, "steps_per_second": rate}
+            log({**row, **numbers})
             total, since, began = 0.0, 0, time.perf_counter()
         if saving and run.step < steps:
             start = time.perf_counter()
@@ -506,7 +522,8 @@ def print_bounds(run, problems):
 
     print(f"\nELBO at T={args.budget}, nats per canvas token, {len(tokens)} held-out problems:")
     if args.order_steps:
-        print(f"  learned order                      {bound(run.denoiser, run.policy, run.posterior)}")
+        learned = bound(run.denoiser, run.policy, run.posterior)
+        print(f"  learned order                      {learned}")
     print(f"  uniform random order, same model   {bound(run.denoiser)}")
     if run.plain is not None:
         print(f"  uniform random order, plain model  {bound(run.plain)}")
@@ -543,7 +560,8 @@ def main(argv=None):
     count = sum(p.numel() for p in run.denoiser.parameters())
     print(
         f"{len(data[0]):,} problems ({len(fits) - len(data[0]):,} do not fit), vocabulary "
-        f"{run.tokenizer.vocab_size}, {count / 1e6:.2f}M parameters, seed {args.seed}, {run.device}",
+        f"{run.tokenizer.vocab_size}, {count / 1e6:.2f}M parameters, seed {args.seed}, "
+        f"{run.device}",
         flush=True,
     )
     if args.resume:

@@ -16,7 +16,6 @@ import argparse
 import hashlib
 import json
 import random
-import re
 
 PEOPLE = ("Ann", "Ben", "Eva", "Leo", "Mia", "Sam", "Tom", "Zoe")
 THINGS = ("pens", "cups", "mugs", "books", "hats", "toys", "lamps", "bowls")
@@ -92,10 +91,10 @@ def wording(rng, chains):
 
 
 def problems(n, seed, held_out):
-    """n dicts {question, answer, chains} from a seeded stream; `held_out` picks the side of the split.
+    """n dicts {question, answer, chains} from a seeded stream; `held_out` picks the side.
 
-    One person in three problems alone, with two or three operations, else two with one or two each.
-    The interleaving is drawn at random. Held-out questions are all different.
+    One problem in three is about one person with three to five operations, the others about two
+    with two or three each. The interleaving is drawn at random. No held-out question comes twice.
     """
     rng, found, asked = random.Random(seed), [], set()
     while len(found) < n:
@@ -129,14 +128,16 @@ def solves(text, chains):
         states = {after for before in states for after in explanations(before, note, chains)}
     for state in states:
         values = [value for value, _ in state]
-        sums = {f"<<{a}+{b}={sum(values)}>>" for a in values for b in values if a + b == sum(values)}
+        sums = {
+            f"<<{a}+{b}={sum(values)}>>" for a in values for b in values if a + b == sum(values)
+        }
         if answer == str(sum(values)) and (len(chains) == 1 or notes[-1] in sums):
             return True
     return False
 
 
 def explanations(state, note, chains):
-    """The states that follow from `state` if some person's next operation is the equation `note`."""
+    """The states that follow from `state` if the equation `note` is some person's next one."""
     for person, (value, done) in enumerate(state):
         if done + 1 < len(chains[person]):
             operation = chains[person][done + 1]
@@ -146,7 +147,9 @@ def explanations(state, note, chains):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--problems", type=int, default=10, help="how many (default 10)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the draws (default 0)")
     parser.add_argument("--held-out", action="store_true", help="test problems, not training ones")

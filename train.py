@@ -30,6 +30,7 @@ import eval_gsm8k
 import mdmvi
 from eval_gsm8k import UserError
 from examples import arithmetic
+from examples.muon import Muon
 
 #           layers, heads, width, hidden
 SIZES = {
@@ -191,25 +192,23 @@ class Run:
         torch.save(state, f"{path}.tmp")
         os.replace(f"{path}.tmp", path)
 
-    def load(self, path, may_differ):
+    def load(self, path, may_differ, parts):
         """Go on from a checkpoint. Raises UserError where its flags or vocabulary are others."""
         state = eval_gsm8k.load_checkpoint(path, self.device)
         for name, here in asdict(self.args).items():
-            there = state["args"].get(name)
+            flag, there = "--" + name.replace("_", "-"), state["args"].get(name)
             if name not in may_differ and there != here:
-                flag = "--" + name.replace("_", "-")
                 raise UserError(
-                    f"{path} has {flag} {there}, this run {here}: give its, or another --out"
+                    f"{path} has {flag} {there}, not {here}: give its, or another --out"
                 )
         if state["tokenizer"] != self.tokenizer.pieces:
             raise UserError(f"{path} has another vocabulary: give the --data it was trained with")
         if state["plain"] is not None:
             self.begin_baseline()
-        for name in ("denoiser", "plain", "policy", "posterior"):
-            if state[name] is not None and (
-                name in ("denoiser", "plain") or "posterior" not in may_differ
-            ):
-                eval_gsm8k.fill(getattr(self, name), state[name], path, name)
+        for name in parts:
+            if state[name] is not None:
+                where = f"{path}: the part {name!r}"
+                eval_gsm8k.fill(getattr(self, name), state[name], where)
         self.generator.set_state(state["generator"].cpu())
         self.stage, self.step = state["stage"], state["step"]
         self.optimizers, self.searched = state["optimizers"], state["searched"]
@@ -247,49 +246,6 @@ def make_tokenizer(args, problems):
 # ------------------------------------------------------------------------------------------------
 # Optimisers
 # ------------------------------------------------------------------------------------------------
-
-
-def orthogonalised(matrices):
-    """Newton-Schulz iteration of Muon on a stack of matrices [n, rows, columns], together."""
-    x = matrices / (matrices.flatten(1).norm(dim=1)[:, None, None] + 1e-7)
-    tall = x.shape[1] > x.shape[2]
-    x = x.mT if tall else x
-    for _ in range(5):
-        gram = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return x.mT if tall else x
-
-
-class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al.) for matrices, all of one shape at once.
-
-    torch's own takes them one by one, in bf16 on any device, which is slow on most CPUs. Updates
-    have the size of AdamW's (Liu et al., arXiv 2502.16982).
-    """
-
-    def __init__(self, groups):
-        super().__init__(groups, {"weight_decay": 0.1, "momentum": 0.95})
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            shapes = {p.shape for p in group["params"]}
-            for shape in sorted(shapes):
-                self.step_shape([p for p in group["params"] if p.shape == shape], group)
-
-    def step_shape(self, params, group):
-        for p in params:
-            if p not in self.state:
-                self.state[p]["momentum"] = torch.zeros_like(p)
-        grads = [p.grad for p in params]
-        momenta = [self.state[p]["momentum"] for p in params]
-        torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
-        nesterov = torch.stack(torch._foreach_lerp(grads, momenta, group["momentum"]))
-        on_gpu = nesterov.device.type == "cuda"
-        update = orthogonalised(nesterov.bfloat16() if on_gpu else nesterov).float()
-        size = 0.2 * math.sqrt(max(params[0].shape))
-        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(params, list(update.unbind()), alpha=-group["lr"] * size)
 
 
 def make_optimizers(groups, name):
@@ -565,10 +521,10 @@ def main(argv=None):
         flush=True,
     )
     if args.resume:
-        run.load(out / "checkpoint.pt", FREE)
+        run.load(out / "checkpoint.pt", FREE, ("denoiser", "plain", "policy", "posterior"))
         trim_log(out / "log.jsonl", run.stage, run.step)
     elif args.start:
-        run.load(args.start, set(asdict(args)) - STAGE_1)
+        run.load(args.start, set(asdict(args)) - STAGE_1, ("denoiser", "plain"))
         if (run.stage, run.step) != ("order", 0):
             raise UserError(f"{args.start} is no plain.pt: give the file as it was before stage 2")
         run.generator.manual_seed(args.seed)

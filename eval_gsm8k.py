@@ -19,6 +19,7 @@ import os
 import re
 import sys
 import time
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -162,7 +163,7 @@ def hub_records(name, split):
         subset = "main" if name == "openai/gsm8k" else None
         rows = datasets.load_dataset(name, subset, split=split)
     except Exception as error:  # the hub client raises many kinds, all of which mean: not to be had
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120]}"
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:140]
         raise UserError(
             f"cannot load {name} from the hub ({reason}): go online or give a local file"
         )
@@ -208,8 +209,12 @@ def gsm8k_problem(record, answers, where):
         solution = record["cot"]
     elif not mark:
         raise UserError(f"{where} has no final answer: needed is '#### N', or a column cot")
+    if final_number(f"#### {final}") is None:
+        raise UserError(f"{where} has no number in its final answer: mend or remove it")
     final = final.strip()
     if "chains" in record:  # an embedded problem
+        if not arithmetic.are_chains(record["chains"]):
+            raise UserError(f"{where} has chains that are none: mend or remove it")
         return {key: record[key] for key in ("question", "answer", "chains")}
     equations = " ".join(re.findall(r"<<[^<>]*>>", solution))
     if answers == "equations":
@@ -247,10 +252,13 @@ def arithmetic_value(expression):
         return float(node.value)
 
     expression = re.sub("[,$]", "", expression)
+    if not re.fullmatch(r"[\d\s.+*/()%-]*", expression):
+        return None
     expression = re.sub(r"(\d+\.?\d*|\.\d+)\s*%", r"(\1/100)", expression)
     expression = re.sub(r"(?<![\d.])0+(?=\d)", "", expression)  # 007 is a number here
     try:
-        return value(ast.parse(expression.strip(), mode="eval").body)
+        with warnings.catch_warnings(action="ignore"):  # of what looks like a call, 2(3)
+            return value(ast.parse(expression.strip(), mode="eval").body)
     except (SyntaxError, ValueError, KeyError, AttributeError, TypeError, ArithmeticError):
         return None
     except (RecursionError, MemoryError):  # a model can write a great many brackets
@@ -263,7 +271,7 @@ def solves_equations(text, reference):
     for note in re.findall(r"<<([^<>]*)>>", text):
         left, _, written = note.rpartition("=")
         value, result = arithmetic_value(left), arithmetic_value(written)
-        if value is None or result is None or abs(value - result) > 0.0101:
+        if value is None or result is None or not abs(value - result) <= 0.0101:
             return False
     if result is None or right is None or abs(result - right) > 1e-6:
         return False
@@ -310,7 +318,10 @@ class Models(NamedTuple):
     plain: mdmvi.Denoiser
 
 
-POSTERIORS = {"runs": mdmvi.RunPosterior, "scores": mdmvi.OrderPosterior}
+ORDERS = {
+    "runs": (mdmvi.RunPolicy, mdmvi.RunPosterior),
+    "free": (mdmvi.UnmaskPolicy, mdmvi.OrderPosterior),
+}
 
 
 def load_checkpoint(path, device="cpu"):
@@ -346,13 +357,13 @@ def build_models(checkpoint, device="cpu"):
     """The Models of a checkpoint, ready for use. Raises UserError where its parts do not fit."""
     try:
         config = mdmvi.ModelConfig(**checkpoint["config"])
-        posterior = POSTERIORS[checkpoint["args"]["posterior"]](config)
+        policy, posterior = ORDERS[checkpoint["args"]["orders"]]
         has_order = checkpoint["args"]["order_steps"] > 0
         has_plain = checkpoint["plain"] is not None
     except (KeyError, TypeError, ValueError, RuntimeError):
         raise UserError("the configuration in this checkpoint is damaged: train again")
-    denoiser, policy = mdmvi.Denoiser(config), mdmvi.UnmaskPolicy(config.n_embd)
-    models = Models(denoiser, policy, posterior, mdmvi.Denoiser(config) if has_plain else None)
+    plain = mdmvi.Denoiser(config) if has_plain else None
+    models = Models(mdmvi.Denoiser(config), policy(config.n_embd), posterior(config), plain)
     for name, network in models._asdict().items():
         if network is not None:
             fill(network, checkpoint[name], f"the part {name!r}")
@@ -594,15 +605,22 @@ def print_scores(
         plot(rows, plot_file)
 
 
+def check_file(path):
+    """Raise UserError if no file can be written there: to be asked before the long work."""
+    folder = Path(path).absolute().parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK) or Path(path).is_dir():
+        raise UserError(f"cannot write {path}: give a file in a folder that can be written")
+
+
 def write_file(path, text):
     try:
-        Path(path).write_text(text)
+        Path(path).write_text(text, encoding="utf-8", errors="replace")
     except OSError as error:
         raise UserError(f"cannot write {path} ({error.strerror}): give another file")
 
 
-def plot(rows, path):
-    """Right answers against average steps, a line a method."""
+def pyplot():
+    """matplotlib.pyplot, which draws to files, or UserError where it is not installed."""
     try:
         import matplotlib
 
@@ -610,6 +628,12 @@ def plot(rows, path):
         import matplotlib.pyplot as plt
     except ImportError:
         raise UserError("--plot needs matplotlib: pip install matplotlib")
+    return plt
+
+
+def plot(rows, path):
+    """Right answers against average steps, a line a method."""
+    plt = pyplot()
     figure, axes = plt.subplots(figsize=(7, 4.5))
     for name in dict.fromkeys(row["method"] for row in rows):
         mine = [(r["average_steps"], 100 * r["answered"]) for r in rows if r["method"] == name]
@@ -696,6 +720,10 @@ def main(argv=None):
     add("--plot", metavar="FILE", help="draw right answers against steps (needs matplotlib)")
     args = parser.parse_args(argv)
     check_device(args.device)
+    for path in filter(None, (args.json, args.plot)):
+        check_file(path)
+    if args.plot:
+        pyplot()
     rules = parse_rules(args.strategies) if args.strategies else None
     checkpoint = load_checkpoint(args.checkpoint, args.device)
     models = build_models(checkpoint, args.device)

@@ -166,23 +166,36 @@ class UnmaskPolicy(nn.Module):
         return self.outer(hidden).squeeze(-1).float()
 
 
+def scored_places(denoiser, masked):
+    """Where M_s lies in the flattened batch: (place int64 [M], used bool [M]).
+
+    To count these places is free on a CPU. A GPU would have to wait for the count, so there it is
+    room for one whole canvas a row, and what is not used is marked.
+    """
+    if masked.device.type == "cpu":
+        place = masked.flatten().nonzero().squeeze(1)
+    else:
+        room = len(masked) * (getattr(denoiser, "canvas_len", 0) or masked.shape[1])
+        place = torch.nonzero_static(masked.flatten(), size=room, fill_value=-1).squeeze(1)
+    return place.clamp(min=0), place >= 0
+
+
+def at_places(value, place, used, shape):
+    """Put value [M] where `scored_places` says, into zeros of the given shape [B, N]."""
+    flat = value.new_zeros(shape[0] * shape[1])
+    return flat.scatter_add(0, place, torch.where(used, value, 0.0)).view(shape)
+
+
 def token_log_prob(denoiser, tokens, masked):
     """One pass on x_s: (log p_theta(x_0^i | x_s) fp32 [B, N], 0 off M_s; hidden [B, N, D]).
 
-    Logits are computed where they are scored, at M_s. To count these places is free on a CPU; a GPU
-    would have to wait for the count, so there it is room for one whole canvas a row.
+    Logits are computed where they are scored, at M_s.
     """
     hidden = denoiser(tokens.masked_fill(masked, denoiser.mask_id))
-    if hidden.device.type == "cpu":
-        place = masked.flatten().nonzero().squeeze(1)
-    else:
-        room = len(tokens) * (getattr(denoiser, "canvas_len", 0) or tokens.shape[1])
-        place = torch.nonzero_static(masked.flatten(), size=room, fill_value=-1).squeeze(1)
-    used, place = place >= 0, place.clamp(min=0)
+    place, used = scored_places(denoiser, masked)
     logits = denoiser.logits(hidden.flatten(0, 1)[place])
     log_p = -F.cross_entropy(logits, tokens.flatten()[place], reduction="none")
-    log_p = torch.where(used, log_p, 0.0)
-    return log_p.new_zeros(tokens.numel()).scatter_add(0, place, log_p).view(tokens.shape), hidden
+    return at_places(log_p, place, used, tokens.shape), hidden
 
 
 # ------------------------------------------------------------------------------------------------
@@ -525,11 +538,28 @@ def generate(
 # 5. Beyond the paper. From scores all alike the gradient of the bound finds a poor order in a short
 #    training. What helps (RESULTS.md says how much):
 #      RunPosterior           neighbours share a step unless a cut parts them
+#      RunPolicy              a position is revealed along with those before it
 #      draw_step              steps that paths reach are drawn more often: less variance
 #      left_to_right_order    a search for orders of known solutions, to begin with
 #      known_order_loss       the bound of such orders, and the posterior's imitation of them
 #      order_groups, update   rates of the three networks, each clipped by itself
 # ------------------------------------------------------------------------------------------------
+
+
+class RunPolicy(UnmaskPolicy):
+    """An `UnmaskPolicy` for runs: pi_i = prod_{j <= i} sigmoid(u_j), with u from the same head.
+
+    To reveal a run up to its end, a position has to know that all before it are sure. The product
+    tells it; a head that sees one position cannot.
+    """
+
+    def __init__(self, n_embd, n_layer=1):
+        super().__init__(n_embd, n_layer)
+        nn.init.constant_(self.outer.bias, 3.0)
+
+    def forward(self, hidden):
+        log_pi = F.logsigmoid(super().forward(hidden)).cumsum(1)
+        return log_pi - log_one_minus(log_pi)
 
 
 class RunPosterior(OrderPosterior):
@@ -605,7 +635,7 @@ def importance_order_loss(
 
 
 @torch.no_grad()
-def sure_prefix_order(denoiser, tokens, canvas, budget, sure=0.9):
+def sure_prefix_order(denoiser, tokens, canvas, budget, sure=0.7):
     """An order of known tokens that the revealed ones tell: step int64 [B, N], -1 off the canvas.
 
     A step reveals the masked places from the left up to the first one that the denoiser is not
@@ -629,28 +659,35 @@ def sure_prefix_order(denoiser, tokens, canvas, budget, sure=0.9):
 def sure_places(denoiser, tokens, masked, sure):
     """bool [B, N]: masked places whose most likely token has a probability of `sure` or more."""
     hidden = denoiser(tokens.masked_fill(masked, denoiser.mask_id))
-    p = confidence("top_prob", denoiser.logits(hidden[masked]))
-    return masked.masked_scatter(masked, p >= sure)
+    place, used = scored_places(denoiser, masked)
+    p = confidence("top_prob", denoiser.logits(hidden.flatten(0, 1)[place]))
+    return masked & (at_places(p, place, used, tokens.shape) >= sure)
 
 
-def known_order_loss(denoiser, policy, posterior, tokens, canvas, step, budget, generator=None):
+def known_order_loss(
+    denoiser, policy, posterior, tokens, canvas, step, budget, states, generator=None
+):
     """Learn from known orders, step int64 [B, N] (-1 off the canvas): (loss scalar, stats).
 
-    The negative bound of the order itself (rho is 0 or 1, nats per canvas token), at one step s
-    of those it takes, drawn uniformly; plus the cross-entropy of a `RunPosterior`'s cuts (nats
-    per canvas token), which teaches it the order. One pass a problem.
+    The negative bound of the order itself (rho is 0 or 1, nats per canvas token), from `states` of
+    the steps it takes, stratified; plus the cross-entropy of a `RunPosterior`'s cuts (nats per
+    canvas token), which teaches it the order. Takes B `states` denoiser passes.
     """
-    length, used = canvas.sum(1), step.amax(1) + 1
+    length = canvas.sum(1)
+    cut = (step > step.roll(1, 1)) & (step > 0)
+    scores = posterior.scores(tokens, canvas).squeeze(-1)
+    imitation = F.binary_cross_entropy_with_logits(scores, cut.float(), reduction="none")
+    imitation = ((imitation * canvas).sum(1) / length).mean()
+    tokens, canvas, step, length = (
+        x.repeat(states, *[1] * (x.dim() - 1)) for x in (tokens, canvas, step, length)
+    )
+    used = step.amax(1) + 1
     u = stratified_uniform(len(tokens), tokens.device, generator)
     s = torch.minimum((u * used).long(), used - 1)
     masked = canvas & (step >= s[:, None])
     log_r = torch.where(step == s[:, None], 0.0, -30.0)  # rho = 1e-13: as good as 0
     token_term, kl = step_bound(denoiser, policy, tokens, masked, log_r, s == budget - 1)
     elbo = (used * (token_term - kl) / length).mean()
-    cut = (step > step.roll(1, 1)) & (step > 0)
-    scores = posterior.scores(tokens, canvas).squeeze(-1)
-    imitation = F.binary_cross_entropy_with_logits(scores, cut.float(), reduction="none")
-    imitation = ((imitation * canvas).sum(1) / length).mean()
     stats = {"elbo": elbo.detach(), "kl": (used * kl.detach() / length).mean()}
     return imitation - elbo, {**stats, "imitation": imitation.detach()}
 

@@ -29,7 +29,7 @@ from tqdm import tqdm
 import eval_gsm8k
 import mdmvi
 from eval_gsm8k import UserError
-from examples import arithmetic
+from examples import arithmetic, smdm
 from examples.muon import Muon
 
 #           layers, heads, width, hidden
@@ -40,7 +40,6 @@ SIZES = {
     "170m": (18, 12, 768, 3072),
 }
 STAGES = ("plain", "baseline", "order", "done")
-COPY = 0.4  # share of stage 2 that learns from the searched orders, before the bound takes over
 SAVE_COST = 0.02  # the share of the time that saving may take
 FREE = {"out", "resume", "start", "device", "compile", "problems"}  # may differ when a run goes on
 STAGE_1 = {"answers", "size", "init", "max_len", "canvas_len"}  # may not differ from --start's run
@@ -68,10 +67,10 @@ class Args:
     paths: int = 7  # stage 2: paths a problem, K
     order_lr: float = 1e-3  # stage 2, baseline: peak rate of the denoiser; 0 leaves it frozen
     head_lr: float = 3e-3  # stage 2: peak rate of policy and posterior
-    search: int = 2048  # stage 2: problems whose best orders it starts from; 0: from nothing
+    copy: float = 0.4  # stage 2: share of the steps that copy searched orders, before the bound
     budget: int = 5  # stage 2: steps of generation, T
     tau: float = 0.1  # stage 2: temperature of the posterior
-    posterior: str = "runs"  # stage 2: runs, or scores, a free one for each token as in the paper
+    orders: str = "runs"  # stage 2: runs from the left, or free ones, as in the paper
     estimator: str = "importance"  # stage 2: importance, or uniform, the paper's
     optimizer: str = "muon"  # muon (AdamW for what is no block matrix), or adamw for everything
     end_lr: float = 0.01  # share of the peak learning rates that is left at the end of a stage
@@ -84,11 +83,11 @@ class Args:
 CHOICES = {
     "answers": ("equations", "full"),
     "size": tuple(SIZES),
-    "posterior": ("runs", "scores"),
+    "orders": ("runs", "free"),
     "estimator": ("importance", "uniform"),
     "optimizer": ("muon", "adamw"),
 }
-AT_LEAST_0 = ("seed", "order_steps", "search", "problems", "lr", "order_lr", "head_lr", "end_lr")
+AT_LEAST_0 = ("seed", "order_steps", "problems", "lr", "order_lr", "head_lr", "end_lr")
 
 
 def parse_args(argv=None):
@@ -113,10 +112,12 @@ def parse_args(argv=None):
             raise UserError(f"{flag} is {value}: it must be at least {least}")
         if field.type is float and not 0 <= value < math.inf:
             raise UserError(f"{flag} is {value}: it must be 0 or more")
-    if args.tau == 0 or args.end_lr > 1:
-        raise UserError("--tau must be above 0, and --end-lr at most 1")
+    if args.tau == 0 or args.end_lr > 1 or args.copy > 1:
+        raise UserError("--tau must be above 0, --end-lr and --copy at most 1")
     if args.batch % args.accumulate or args.order_batch % args.accumulate:
         raise UserError(f"--accumulate {args.accumulate} must divide --batch and --order-batch")
+    if args.orders == "free" and args.copy > 0:
+        raise UserError("--orders free cannot copy what is searched, runs: give --copy 0")
     if args.canvas_len >= args.max_len:
         raise UserError(
             f"--canvas-len {args.canvas_len} leaves no prompt in --max-len {args.max_len}"
@@ -156,14 +157,14 @@ class Run:
         self.begin_orders()
         self.generator = torch.Generator(self.device).manual_seed(args.seed)
         self.stage, self.step, self.optimizers = "plain", 0, None
-        self.searched = None  # (rows, their orders)
 
     def begin_orders(self):
         """New policy and posterior, as stage 2 starts with them."""
         torch.manual_seed(self.args.seed)
-        self.policy = mdmvi.UnmaskPolicy(self.config.n_embd).to(self.device)
-        self.posterior = eval_gsm8k.POSTERIORS[self.args.posterior](self.config).to(self.device)
-        if self.args.posterior == "runs":
+        policy, posterior = eval_gsm8k.ORDERS[self.args.orders]
+        self.policy = policy(self.config.n_embd).to(self.device)
+        self.posterior = posterior(self.config).to(self.device)
+        if self.args.orders == "runs":
             self.posterior.start_from(self.denoiser)
 
     def begin_baseline(self):
@@ -183,14 +184,17 @@ class Run:
             "policy": self.policy.state_dict(),
             "posterior": self.posterior.state_dict(),
             "plain": self.plain.state_dict() if self.plain else None,
-            "searched": self.searched,
             "stage": self.stage,
             "step": self.step,
             "optimizers": [optimizer.state_dict() for optimizer in optimizers],
             "generator": self.generator.get_state(),
         }
-        torch.save(state, f"{path}.tmp")
-        os.replace(f"{path}.tmp", path)
+        try:
+            torch.save(state, f"{path}.tmp")
+            os.replace(f"{path}.tmp", path)
+        except (OSError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"cannot write {path} ({reason}): make room, then go on with --resume")
 
     def load(self, path, may_differ, parts):
         """Go on from a checkpoint. Raises UserError where its flags or vocabulary are others."""
@@ -211,14 +215,14 @@ class Run:
                 eval_gsm8k.fill(getattr(self, name), state[name], where)
         self.generator.set_state(state["generator"].cpu())
         self.stage, self.step = state["stage"], state["step"]
-        self.optimizers, self.searched = state["optimizers"], state["searched"]
+        self.optimizers = state["optimizers"]
 
 
 def load_problems(args):
     """(training problems, held-out problems), never overlapping."""
     wanted = max(args.problems, 256)
     if args.data is None:
-        return arithmetic.problems(60_000, args.seed, False), arithmetic.problems(wanted, 1, True)
+        return arithmetic.problems(60_000, 0, False), arithmetic.problems(wanted, 1, True)
     problems = eval_gsm8k.load_gsm8k(args.data, args.answers)
     held_out = min(wanted, len(problems) // 10)
     if held_out == 0:
@@ -237,7 +241,7 @@ def wording(problem):
 def make_tokenizer(args, problems):
     """Built from the training text, or the one that --init comes with."""
     if args.init:
-        return eval_gsm8k.LlamaTokenizer.of(args.init)
+        return eval_gsm8k.LlamaTokenizer(smdm.read_tokenizer(args.init))
     sample = problems[:: max(1, len(problems) // 20_000)]
     texts = (p["question"] + eval_gsm8k.SEPARATOR + p["answer"] for p in sample)
     return eval_gsm8k.Tokenizer.build(texts)
@@ -281,8 +285,14 @@ def passes(args):
 
 
 def copy_steps(args):
-    """Steps of stage 2 that learn from the searched orders."""
-    return int(COPY * args.order_steps) if args.search else 0
+    """Steps of stage 2 that learn from searched orders."""
+    return int(args.copy * args.order_steps)
+
+
+def baseline_steps(args):
+    """Steps of stage 2, and what its searches cost: a pass without gradient is a third of one."""
+    searches = 2 * (args.budget - 1) / 3 / passes(args)
+    return args.order_steps + math.ceil(searches * copy_steps(args))
 
 
 def stage_groups(run, stage):
@@ -292,7 +302,7 @@ def stage_groups(run, stage):
         return mdmvi.order_groups(run.denoiser, None, None, args.lr), args.steps, args.batch
     if stage == "baseline":
         groups = mdmvi.order_groups(run.plain, None, None, args.order_lr)
-        return groups, args.order_steps, args.order_batch * passes(args)
+        return groups, baseline_steps(args), args.order_batch * passes(args)
     run.denoiser.requires_grad_(args.order_lr > 0)
     networks = (run.denoiser, run.policy, run.posterior)
     groups = mdmvi.order_groups(*networks, args.order_lr, args.head_lr, args.head_lr)
@@ -313,17 +323,16 @@ def stage_loss(run, stage, step, data, n):
         tokens, canvas = pick(data, n, generator)
         return mdmvi.mdm_loss(denoiser, tokens.long(), canvas, generator), {}
     networks = (run.denoiser, run.policy, run.posterior)
+    tokens, canvas = pick(data, n, generator)
+    tokens = tokens.long()
     if step < copy_steps(args):
-        rows, orders = run.searched
-        chosen, order = pick((rows, orders), n * passes(args), generator)
-        tokens, canvas = (x[chosen] for x in data)
+        order = mdmvi.sure_prefix_order(run.denoiser, tokens, canvas, args.budget)
         return mdmvi.known_order_loss(
-            *networks, tokens.long(), canvas, order.long(), args.budget, generator
+            *networks, tokens, canvas, order, args.budget, passes(args), generator
         )
     estimator = {"importance": mdmvi.importance_order_loss, "uniform": mdmvi.order_loss}
-    tokens, canvas = pick(data, n, generator)
     return estimator[args.estimator](
-        *networks, tokens.long(), canvas, args.budget, args.tau, args.paths, generator
+        *networks, tokens, canvas, args.budget, args.tau, args.paths, generator
     )
 
 
@@ -360,13 +369,6 @@ def compile_passes(run, stage, data, n):
     run.generator.set_state(state)
 
 
-def stop_if_asked(stop, where):
-    """End the run if a signal has filled the list `stop`."""
-    if stop:
-        print(f"\nstopped {where}; go on with --resume", file=sys.stderr)
-        raise KeyboardInterrupt
-
-
 def train_stage(run, stage, data, stop, log):
     """Train one stage to its end from run.step on. `stop` is a list that a signal fills."""
     args, path = run.args, Path(run.args.out, "checkpoint.pt")
@@ -388,6 +390,7 @@ def train_stage(run, stage, data, stop, log):
         if saving or run.step % 20 == 0 or run.step == steps:
             mean = float(total) / since  # the only place that waits for the device
             if not math.isfinite(mean):
+                bar.close()
                 raise UserError(
                     f"loss is {mean} at {stage} step {run.step}: {path} is as last saved; "
                     "lower the learning rate"
@@ -398,28 +401,16 @@ def train_stage(run, stage, data, stop, log):
             row = {"stage": stage, "step": run.step, "loss": mean, "steps_per_second": rate}
             log({**row, **numbers})
             total, since, began = 0.0, 0, time.perf_counter()
-        if saving and run.step < steps:
+        if saving:
             start = time.perf_counter()
             run.save(path, optimizers)
             saved = time.perf_counter()
             cost = max(saved - start, 0.2)
-        stop_if_asked(stop, f"at {stage} step {run.step}")
+        if stop:
+            bar.close()
+            print(f"stopped at {stage} step {run.step}; go on with --resume", file=sys.stderr)
+            raise KeyboardInterrupt
     bar.close()
-
-
-def search_orders(run, data, stop):
-    """The best orders of some training problems, under the stage-1 denoiser: run.searched."""
-    args = run.args
-    generator = torch.Generator().manual_seed(args.seed)
-    rows = torch.randperm(len(data[0]), generator=generator)[: args.search].to(run.device)
-    found = []
-    for chosen in tqdm(rows.split(64), desc="search", unit="batch"):
-        tokens, canvas = (x[chosen] for x in data)
-        with autocast(run.device):
-            order = mdmvi.sure_prefix_order(run.denoiser, tokens.long(), canvas, args.budget)
-        found.append(order.short())
-        stop_if_asked(stop, "in the search for orders")
-    run.searched = (rows, torch.cat(found))
 
 
 def train(run, data, stop):
@@ -430,7 +421,7 @@ def train(run, data, stop):
         after["plain"] = "done"
     elif args.order_lr == 0:  # a frozen denoiser is its own baseline
         after["plain"] = "order"
-    with open(out / "log.jsonl", "a") as file:
+    with open(out / "log.jsonl", "a" if args.resume else "w") as file:
 
         def log(row):
             file.write(json.dumps(row) + "\n")
@@ -439,8 +430,6 @@ def train(run, data, stop):
         while run.stage != "done":
             if run.stage == "order" and run.step == 0:
                 run.begin_orders()
-                if args.search:
-                    search_orders(run, data, stop)
             train_stage(run, run.stage, data, stop, log)
             run.stage, run.step = after[run.stage], 0
             if run.stage == "baseline":
@@ -505,8 +494,6 @@ def main(argv=None):
     problems, held_out = load_problems(args)
     run = Run(args, make_tokenizer(args, problems))
     if args.init:
-        from examples import smdm
-
         smdm.load_smdm(args.init, run.denoiser)
     layout = (run.tokenizer, args.max_len, args.canvas_len)
     tokens, canvas, fits = eval_gsm8k.encode_problems(problems, *layout)

@@ -16,6 +16,7 @@ import argparse
 import hashlib
 import json
 import random
+import re
 
 PEOPLE = ("Ann", "Ben", "Eva", "Leo", "Mia", "Sam", "Tom", "Zoe")
 THINGS = ("pens", "cups", "mugs", "books", "hats", "toys", "lamps", "bowls")
@@ -60,6 +61,17 @@ def is_held_out(chains):
     """Split by the numbers of a problem, whatever its names, its wording and who comes first."""
     numbers = repr(sorted(map(str, chains)))
     return hashlib.sha256(numbers.encode()).digest()[0] % HELD_OUT == 0
+
+
+def are_chains(value):
+    """Is `value`, read from a file, what `problems` calls chains?"""
+    return (
+        isinstance(value, list)
+        and len(value) in (1, 2)
+        and all(isinstance(chain, list) and len(chain) > 1 for chain in value)
+        and all(isinstance(chain[0], int) for chain in value)
+        and all(re.fullmatch(r"[+*/-][1-9]", str(op)) for chain in value for op in chain[1:])
+    )
 
 
 def solution(chains, turns):

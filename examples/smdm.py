@@ -17,6 +17,7 @@ import mdmvi
 from eval_gsm8k import Parser, UserError, build_models, load_checkpoint, run_main
 
 HUB = {"smdm-170m": ("nieshen/SMDM", "mdm-170M-100e18.safetensors")}  # name: repository, file
+HUB_TOKENIZER = ("TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T", "tokenizer.json")
 NAMES = {
     "trunk.wte.": "transformer.wte.",
     "trunk.norm.": "transformer.ln_f.",
@@ -72,6 +73,19 @@ def read_smdm(path_or_name):
     except (OSError, package.SafetensorError) as error:
         why = type(error).__name__
         raise UserError(f"{path} is damaged or no .safetensors file ({why}): get it again")
+
+
+def read_tokenizer(path_or_name):
+    """Text of the tokenizer.json beside an SMDM file, or of the one that a HUB name goes with."""
+    if path_or_name in HUB:
+        path = Path(hub_file(*HUB_TOKENIZER))
+    else:
+        path = Path(path_or_name)
+        path = (path if path.is_dir() else path.parent) / "tokenizer.json"
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        raise UserError(f"cannot read {path}: put the tokenizer.json of TinyLlama there")
 
 
 def check_fit(path, tensors, denoiser):

@@ -1,7 +1,8 @@
 """Tests of examples/vmd.py:  python -m pytest examples/test_vmd.py
 
-The bounds are held against problems so small that every order can be enumerated, and z integrated by
-the trapezoid rule. That is written anew here, in plain loops and float64, and calls nothing of mdmvi.
+The bounds are held against problems so small that every order can be enumerated, and z integrated
+by the trapezoid rule. That is written anew here, in plain loops and float64, and calls nothing of
+mdmvi.
 Random results are compared over many rows: means within five standard errors, counts by chi-square.
 """
 
@@ -137,7 +138,7 @@ def exact(toy, x0, canvas, T, learned):
 
 
 def assert_mean(samples, expected, precision):
-    """samples [n, ...] average to `expected` within five standard errors, small enough to matter."""
+    """samples [n, ...] average to `expected` within five standard errors, which are small."""
     samples, expected = samples.detach().double(), torch.as_tensor(expected).detach().double()
     error, scale = samples.std(0) / len(samples) ** 0.5, expected.norm()
     assert error.norm() <= precision * scale, f"no power: {error.norm() / scale:.3g} of the value"
@@ -158,9 +159,9 @@ def assert_distribution(outcomes, probability):
     assert statistic < free + 5 * math.sqrt(2 * free), f"chi-square {statistic:.0f} on {free}"
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Bounds
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_latent_and_its_kl():
@@ -225,7 +226,7 @@ def test_losses_and_their_gradients(learned, T):
 
 
 class GaussianToy:
-    """One token, log p(0 | z) = -(w z - y)^2 / 2 - c: given the token z is Gaussian, the bound tight."""
+    """One token, log p(0 | z) = -(w z - y)^2 / 2 - c: then z is Gaussian, and the bound tight."""
 
     mask_id, eos_id, latent_dim = 2, 1, 1
     w, y, c = 1.3, 0.7, 0.2
@@ -305,9 +306,9 @@ def test_bad_values(name, value):
             vmd.generate(toy, X0, CANVAS, strategy, 2)
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Sampling
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class ShowsLatents:
@@ -403,9 +404,9 @@ def test_without_its_latent_it_is_generate_of_mdmvi(strategy, budget):
     assert budget == 1 or len(set(ours.steps.tolist())) > 2
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Networks
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_denoiser_adds_z_to_every_position():
@@ -460,9 +461,9 @@ def test_seeds():
     assert torch.equal(torch.get_rng_state(), before)  # every draw is from the generator given
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Pairs, Sudoku, the command line
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 SHARES = {"d1": [0.1] * 10, "d2": [k / 55 for k in range(1, 11)]}
 

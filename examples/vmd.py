@@ -4,8 +4,9 @@
     python -m examples.vmd --data d1 --seed 1       # one of the two data sets
     python -m examples.vmd --sudoku                 # 6x6 Sudoku in three steps
 
-Tokens revealed in one step are drawn independently. Here z ~ N(0, I) is drawn first, and all of them
-see it, so it can carry what they have in common. Any bound of mdmvi on the denoiser given z becomes
+Tokens revealed in one step are drawn independently. Here z ~ N(0, I) is drawn first, and all of
+them see it, so it can carry what they have in common. Any bound of mdmvi on the denoiser given z
+becomes
 
     log p(x_0 | c) >= E_{z ~ q(z | c, x_0)} bound(x_0 | c, z) - KL( q(z | c, x_0) || N(0, I) ).
 
@@ -34,10 +35,11 @@ from eval_gsm8k import (
     wilson,
     write_file,
 )
+from examples import sudoku
 
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Model
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 class LatentEncoder(nn.Module):
@@ -75,8 +77,8 @@ class LatentDenoiser(mdmvi.Denoiser):
 class Given:
     """The denoiser with z [B, latent_dim] fixed: a denoiser as the bounds of mdmvi take one.
 
-    Called with several times B rows (paths), each z serves as many neighbours. Not for mdmvi.generate,
-    where rows leave the batch.
+    Called with several times B rows (paths), each z serves as many neighbours. Not for
+    mdmvi.generate, where rows leave the batch.
     """
 
     def __init__(self, denoiser, z):
@@ -88,13 +90,13 @@ class Given:
         return self.denoiser(tokens, self.z.repeat_interleave(len(tokens) // len(self.z), 0))
 
 
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Bounds
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 def gaussian_kl(mu, log_var):
-    """KL( N(mu, diag exp(log_var)) || N(0, I) ) in nats, [B], from mu and log_var [B, latent_dim]."""
+    """KL( N(mu, diag exp(log_var)) || N(0, I) ) in nats, [B]; mu and log_var [B, latent_dim]."""
     return 0.5 * (mu.square() + log_var.exp() - 1 - log_var).sum(-1)
 
 
@@ -108,9 +110,9 @@ def draw_latent(encoder, tokens, canvas, generator=None):
 def random_steps_loss(denoiser, tokens, canvas, budget, generator=None):
     """Negative bound of generation in T = budget uniformly random steps, nats per canvas token.
 
-    At step s a token is still masked with probability t = (T - s) / T, and is revealed with probability
-    1 / (T - s) = 1 / (t T): mdmvi.mdm_loss, with t of 1/T, 2/T .. 1 only. Raises ValueError on a budget
-    below 1.
+    At step s a token is still masked with probability t = (T - s) / T, and is revealed with
+    probability 1 / (T - s) = 1 / (t T): mdmvi.mdm_loss, with t of 1/T, 2/T .. 1 only. Raises
+    ValueError on a budget below 1.
     """
     mdmvi.at_least_one(budget=budget)
     t = 1.0 - mdmvi.stratified_uniform(len(tokens), tokens.device, generator)
@@ -123,8 +125,8 @@ def random_steps_loss(denoiser, tokens, canvas, budget, generator=None):
 def vmd_loss(denoiser, tokens, canvas, budget, generator=None):
     """Negative VMD bound for `budget` uniformly random steps, nats per canvas token (scalar).
 
-    The budget matters: with a step for each token the bound without a latent can be tight already, and
-    z has nothing to add. Raises ValueError on a budget below 1.
+    The budget matters: with a step for each token the bound without a latent can be tight
+    already, and z has nothing to add. Raises ValueError on a budget below 1.
     """
     z, kl = draw_latent(denoiser.encoder, tokens, canvas, generator)
     loss = random_steps_loss(Given(denoiser, z), tokens, canvas, budget, generator)
@@ -161,9 +163,9 @@ def vmd_elbo(denoiser, policy, posterior, tokens, canvas, budget, tau, samples, 
     return total / samples
 
 
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Sampling
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -172,8 +174,8 @@ def generate(
 ):
     """mdmvi.generate with a latent: each row draws z ~ N(0, I) first and keeps it in all its steps.
 
-    Finished rows stay in the batch, so that rows and z go together. Returns an mdmvi.Generation. Raises
-    ValueError on an unknown strategy, a budget below 1, or "learned" without a policy.
+    Finished rows stay in the batch, so that rows and z go together. Returns an mdmvi.Generation.
+    Raises ValueError on an unknown strategy, a budget below 1, or "learned" without a policy.
     """
     mdmvi.at_least_one(budget=budget)
     if strategy not in mdmvi.STRATEGIES or (strategy == "learned" and policy is None):
@@ -200,9 +202,9 @@ def generate(
     return mdmvi.Generation(tokens, reveal_step, reveal_step.amax(1) + 1)
 
 
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Training
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 class Method(NamedTuple):
@@ -267,9 +269,9 @@ def mean_bound(method, denoiser, tokens, canvas, budget, seed):
     return float(bound.mean())
 
 
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Two tokens: the pairs (k, k + 1 mod 10)
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 WEIGHTS = {"d1": [1] * 10, "d2": list(range(1, 11))}  # of k = 0 .. 9
 START = 10  # a prompt: attention sees distances only, to which two MASKs alone would look the same
@@ -277,7 +279,7 @@ DRAWN = 10_000  # pairs scored in each row of the table
 
 
 def draw_pairs(kind, n, generator):
-    """START and n pairs of digits: (tokens int64 [n, 3], canvas bool [n, 3]), where the generator is."""
+    """START and n pairs of digits: (tokens int64 [n, 3], canvas bool [n, 3])."""
     weights = torch.tensor(WEIGHTS[kind], dtype=torch.float, device=generator.device)
     first = torch.multinomial(weights, n, replacement=True, generator=generator)
     tokens = torch.stack((torch.full_like(first, START), first, (first + 1) % 10), 1)
@@ -331,18 +333,17 @@ def print_pairs(rows, recipe):
     for row in rows:
         line = (row["data"], row["model"], f"{row['temperature']:.0f}", f"{100 * row['valid']:.1f}")
         lines.append((*line, f"{row['total_variation']:.3f}", f"{row['bound']:.3f}"))
-    print(
-        f"\n{DRAWN:,} pairs a row, T={recipe['budget']}, latent dimensions: {recipe["latent_dim"]}"
-    )
+    latent = f"{recipe['latent_dim']} latent dimensions"
+    print(f"\n{DRAWN:,} pairs a row, T={recipe['budget']}, {latent}")
     for kind in dict.fromkeys(row["data"] for row in rows):
         truth = true_pairs(kind)
         print(f"{kind}: no bound can be above {float(truth.xlogy(truth).sum()):.3f}")
     print(f"\n{aligned(lines)}")
 
 
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Sudoku, its cells in a few steps
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 BOX = (2, 3)  # rows and columns of a box
 TRAINING = 60_000  # puzzles to train on
@@ -387,15 +388,14 @@ def print_sudoku(rows, recipe):
         lines.append((rule, *shares))
     bounds = {row["model"]: f"{row['bound']:.3f}" for row in rows}
     lines.append(("bound, nats", bounds[PLAIN.name], bounds[VMD.name]))
-    latent = f"latent dimensions: {recipe["latent_dim"]}"
-    print(
-        f"\n{PUZZLES} held-out puzzles, T={recipe['budget']}, {latent}; solved %\n\n{aligned(lines)}"
-    )
+    latent = f"{recipe['latent_dim']} latent dimensions"
+    about = f"{PUZZLES} held-out puzzles, T={recipe['budget']}, {latent}; solved %"
+    print(f"\n{about}\n\n{aligned(lines)}")
 
 
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # The command line
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 def parse_args(argv=None):

@@ -1,0 +1,485 @@
+"""Speed and memory of both training stages and of the samplers, on random tokens with new weights.
+
+    python -m examples.benchmark                               # the shape of the default run
+    python -m examples.benchmark --paper                       # 170M, the paper's shape: for a GPU
+    python -m examples.benchmark --paper --batch 8 --against-plain    # beside plain PyTorch
+    python -m examples.benchmark --paper --memory              # peaks, computed without a GPU
+
+What is compared runs in turn, in one process. Training is timed as train.py does it, sampling in
+the precision that eval_gsm8k.py scores in: TF32 on CUDA, fp32 on a CPU.
+"""
+
+import copy
+import os
+import time
+import weakref
+from argparse import BooleanOptionalAction
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import eval_gsm8k
+import mdmvi
+import train
+from eval_gsm8k import UserError
+
+# Dense bf16 products with fp32 sums, FLOP/s, by a part of the GPU's name; the first that fits.
+PEAKS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+DEFAULT = {"size": "small", "batch": 64, "max_len": 72, "canvas_len": 41, "vocab": 320}
+PAPER = {"size": "170m", "batch": 256, "max_len": 256, "canvas_len": 96, "vocab": 32_000}
+#         what is timed: (stage, how far in it); stage 2 first learns from orders that it searches
+STEPS = {"plain step": ("plain", 0.5), "order step": ("order", 0.9), "copying step": ("order", 0.0)}
+PATHS = 7  # with the exact pass on the full canvas, a problem takes 8 sequences in stage 2
+
+
+def parse_args(argv=None):
+    """Flags, filled up from --paper or the defaults, as train.Args and the other flags."""
+    parser = eval_gsm8k.Parser(__doc__)
+    add, positive = parser.add_argument, eval_gsm8k.positive
+    gpu = torch.cuda.is_available()
+    add("--paper", action="store_true", help="170m, 256 tokens, canvas 96, batch 256, AdamW")
+    add("--size", choices=tuple(train.SIZES), help="shape of the model (small)")
+    add("--batch", type=positive, help="sequences in a step of either stage (64)")
+    add("--max-len", type=positive, help="tokens in a sequence (72)")
+    add("--canvas-len", type=positive, help="tokens of it in the canvas (41)")
+    add("--vocab", type=positive, help="tokens in the vocabulary (320)")
+    add("--budget", type=positive, default=5, help="steps of generation")
+    add("--device", default="cuda" if gpu else "cpu", help="cpu, cuda, cuda:1, ...")
+    add("--compile", action=BooleanOptionalAction, default=gpu, help="torch.compile the passes")
+    add("--repeats", type=positive, default=5, help="the fastest of so many is printed")
+    add("--against-plain", action="store_true", help="only a step, beside plain PyTorch")
+    add("--memory", action="store_true", help="only the peaks of memory, computed")
+    flags = parser.parse_args(argv)
+    for name, value in (PAPER if flags.paper else DEFAULT).items():
+        if getattr(flags, name) is None:
+            setattr(flags, name, value)
+    if flags.canvas_len >= flags.max_len:
+        raise UserError(f"--canvas-len {flags.canvas_len} must be below --max-len {flags.max_len}")
+    if flags.batch % (PATHS + 1):
+        raise UserError(f"--batch {flags.batch} is no multiple of {PATHS + 1}, a problem's paths")
+    eval_gsm8k.check_device(flags.device)
+    return flags
+
+
+def make_args(flags, accumulate=None):
+    """train.Args of these flags; --paper takes a step in up to 8 micro-batches."""
+    problems = flags.batch // (PATHS + 1)
+    if accumulate is None:
+        accumulate = 8 if flags.paper and problems % 8 == 0 else 1
+    return train.Args(
+        size=flags.size,
+        max_len=flags.max_len,
+        canvas_len=flags.canvas_len,
+        batch=flags.batch,
+        order_batch=problems,
+        paths=PATHS,
+        budget=flags.budget,
+        optimizer="adamw" if flags.paper else "muon",
+        accumulate=accumulate,
+        device=flags.device,
+        compile=flags.compile,
+    )
+
+
+class RandomTokens:
+    """Stands where a tokenizer does when there is no text."""
+
+    eos_id, pieces = 0, ()
+
+    def __init__(self, vocab_size):
+        self.vocab_size = self.mask_id = vocab_size
+
+
+def random_data(flags, device):
+    """(tokens, canvas) of 256 random problems, the canvas at the end."""
+    tokens = torch.randint(flags.vocab, (256, flags.max_len), device=device)
+    place = torch.arange(flags.max_len, device=device).expand(256, -1)
+    return tokens, place >= flags.max_len - flags.canvas_len
+
+
+# ------------------------------------------------------------------------------------------------
+# Time
+# ------------------------------------------------------------------------------------------------
+
+
+def seconds_of(function, device):
+    """Seconds of one call, with all that it has started on the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def in_turn(functions, device, repeats):
+    """{name: its fastest call in seconds}, after a first call that does not count."""
+    for function in functions.values():
+        function()
+    times = {name: [] for name in functions}
+    for _ in range(repeats):
+        for name, function in functions.items():
+            times[name].append(seconds_of(function, device))
+    return {name: min(values) for name, values in times.items()}
+
+
+def flops_of(config, places):
+    """Of a training step on one sequence: products of the blocks, attention, logits at `places`."""
+    block = 4 * config.n_embd**2 + 3 * config.n_embd * config.n_hidden
+    attention = 2 * config.n_embd * config.max_len
+    trunk = config.max_len * config.n_layer * (block + attention)
+    return 6.0 * (trunk + places * config.n_embd * config.vocab_size)
+
+
+def describe(device):
+    """The processor with what limits it, or the GPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    limits = [f"{n}={os.environ[n]}" for n in ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
+              if n in os.environ]  # fmt: skip
+    words = [f"CPU with {torch.backends.cpu.get_cpu_capability()}", *limits]
+    return ", ".join([*words, f"{torch.get_num_threads()} threads"])
+
+
+def make_step(run, stage, share, data):
+    """A function that takes a training step `share` of the way through a stage."""
+    groups, steps, n = train.stage_groups(run, stage)
+    optimizers = train.make_optimizers(groups, run.args.optimizer)
+    step = int(share * steps)
+    return lambda: train.train_step(run, stage, step, steps, data, n, optimizers)
+
+
+def stage_peaks(run, data):
+    """{step: its peak of memory on the GPU, with no other's optimiser}; {} on a CPU."""
+    peaks = {}
+    for name, (stage, share) in STEPS.items() if run.device.type == "cuda" else ():
+        step = make_step(run, stage, share, data)
+        torch.cuda.reset_peak_memory_stats(run.device)
+        step(), step()  # the first one makes the optimiser's state
+        peaks[name] = torch.cuda.max_memory_allocated(run.device)
+        del step
+        for network in (run.denoiser, run.policy, run.posterior):
+            network.zero_grad(set_to_none=True)
+    return peaks
+
+
+def optimizer_share(run, step):
+    """The optimiser's share in a step."""
+    spent, update = [], mdmvi.update
+    mdmvi.update = lambda *args: spent.append(seconds_of(lambda: update(*args), run.device))
+    try:
+        whole = [seconds_of(step, run.device) for _ in range(3)]
+    finally:
+        mdmvi.update = update
+    return min(part / total for part, total in zip(spent, whole))
+
+
+def print_stages(run, flags, data):
+    """The steps of both stages, at the same number of sequences."""
+    device = run.device
+    for stage in ("plain", "order"):
+        train.compile_passes(run, stage, data, train.stage_groups(run, stage)[2])
+    peaks = stage_peaks(run, data)
+    steps = {name: make_step(run, *where, data) for name, where in STEPS.items()}
+    best = in_turn(steps, device, flags.repeats)
+    rows = [("", "ms", "tokens/s", "against plain", "peak GiB" if peaks else "")]
+    for name, seconds in best.items():
+        rate = f"{flags.batch * flags.max_len / seconds:,.0f}"
+        peak = f"{peaks[name] / 2**30:.2f}" if peaks else ""
+        ratio = f"{seconds / best['plain step']:.2f}"
+        rows.append((name, f"{1e3 * seconds:.1f}", rate, ratio, peak))
+    print(eval_gsm8k.aligned(rows))
+    places = flags.canvas_len if device.type == "cuda" else flags.canvas_len / 2
+    rate = flags.batch * flops_of(run.config, places) / best["plain step"]
+    peak = next((peak for part, peak in PEAKS.items() if part in describe(device)), None)
+    share = optimizer_share(run, steps["plain step"])
+    line = f"plain step: {rate / 1e12:.3f} TFLOP/s" + (f", MFU {rate / peak:.1%}" if peak else "")
+    print(f"{line}; the optimiser takes {share:.0%} of it")
+
+
+def print_samplers(run, flags, data):
+    """Every strategy, and how much longer it takes than its forward passes alone."""
+    n = min(128, flags.batch)
+    tokens, canvas = (x[:n] for x in data)
+    rows = [("sampler", "problems/s", "steps", "time / bare passes")]
+
+    @torch.no_grad()
+    def bare():
+        run.denoiser(tokens)
+
+    for strategy in mdmvi.STRATEGIES:
+        options = {"policy": run.policy, "generator": run.generator}
+        used = []
+
+        def sample(strategy=strategy, options=options, used=used):
+            out = mdmvi.generate(run.denoiser, tokens, canvas, strategy, flags.budget, **options)
+            used.append(out.steps)
+
+        best = in_turn({"bare": bare, "sample": sample}, run.device, flags.repeats)
+        steps = torch.stack(used).double().mean().item()
+        row = (strategy, f"{n / best['sample']:.1f}", f"{steps:.2f}")
+        rows.append((*row, f"{best['sample'] / (steps * best['bare']):.2f}"))
+    precision = "TF32" if run.device.type == "cuda" else "fp32"
+    print(f"\n{n} problems together, {precision}\n\n{eval_gsm8k.aligned(rows)}")
+
+
+# ------------------------------------------------------------------------------------------------
+# The same step in plain PyTorch, with all logits; it shares nothing with mdmvi.py
+# ------------------------------------------------------------------------------------------------
+
+
+class PlainBlock(nn.Module):
+    def __init__(self, width, heads, hidden):
+        super().__init__()
+        self.heads = heads
+        self.norm_1, self.norm_2 = nn.RMSNorm(width, eps=1e-5), nn.RMSNorm(width, eps=1e-5)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+        self.gate = nn.Linear(width, hidden, bias=False)
+        self.up = nn.Linear(width, hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x, cos, sin):
+        def turned(y):
+            first, second = y.chunk(2, dim=-1)
+            return (y * cos + torch.cat((-second, first), dim=-1) * sin).type_as(y)
+
+        parts = self.qkv(self.norm_1(x)).chunk(3, dim=-1)
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
+        y = F.scaled_dot_product_attention(turned(q), turned(k), v)
+        x = x + self.out(y.transpose(1, 2).flatten(2))
+        y = self.norm_2(x)
+        return x + self.down(F.silu(self.gate(y)) * self.up(y))
+
+
+class PlainModel(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.embed = nn.Embedding(config.vocab_size + 1, config.n_embd)
+        shape = (config.n_embd, config.n_head, config.n_hidden)
+        self.blocks = nn.ModuleList(PlainBlock(*shape) for _ in range(config.n_layer))
+        self.norm = nn.RMSNorm(config.n_embd, eps=1e-5)
+        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        half = config.n_embd // config.n_head // 2
+        angle = torch.outer(torch.arange(config.max_len), 10000.0 ** (-torch.arange(half) / half))
+        self.register_buffer("cos", angle.cos().repeat(1, 2))
+        self.register_buffer("sin", angle.sin().repeat(1, 2))
+
+    def forward(self, tokens):
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = block(x, self.cos, self.sin)
+        return self.head(self.norm(x))
+
+    def loss(self, tokens, canvas):
+        """The loss of stage 1, from the logits of all places."""
+        t = torch.rand(len(tokens), 1, device=tokens.device).clamp(min=1e-3)
+        masked = canvas & (torch.rand(tokens.shape, device=tokens.device) < t)
+        logits = self(tokens.masked_fill(masked, self.head.out_features)).float()
+        loss = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none")
+        return (loss.view_as(masked) * masked / t / canvas.sum(1, keepdim=True)).sum(1).mean()
+
+
+def all_logits(denoiser, tokens, masked):
+    """mdmvi.token_log_prob, but with the logits of all places."""
+    hidden = denoiser(tokens.masked_fill(masked, denoiser.mask_id))
+    logits = denoiser.logits(hidden).flatten(0, 1)
+    log_p = -F.cross_entropy(logits, tokens.flatten(), reduction="none").view(tokens.shape)
+    return log_p.masked_fill(~masked, 0.0), hidden
+
+
+def print_against_plain(run, flags, data):
+    """A step of stage 1 as built, the same with all logits, and one of plain PyTorch."""
+    torch.manual_seed(0)
+    model, scored = PlainModel(run.config).to(run.device), mdmvi.token_log_prob
+    full = all_logits
+    if flags.compile:
+        model.loss, scored, full = (torch.compile(f) for f in (model.loss, scored, full))
+    parts = run.args.accumulate
+
+    def step_with(network, loss_of):
+        groups = mdmvi.order_groups(network, None, None, 1e-4)
+        optimizers = train.make_optimizers(groups, run.args.optimizer)
+
+        def step():
+            for _ in range(parts):
+                tokens, canvas = train.pick(data, flags.batch // parts, run.generator)
+                with train.autocast(run.device):
+                    loss = loss_of(tokens, canvas)
+                (loss / parts).backward()
+            mdmvi.update(optimizers, 500, 1000)
+
+        return step
+
+    def ours(log_prob):
+        def loss_of(tokens, canvas):
+            mdmvi.token_log_prob = log_prob
+            return mdmvi.mdm_loss(run.denoiser, tokens, canvas, run.generator)
+
+        return loss_of
+
+    steps = {
+        "as built": step_with(run.denoiser, ours(scored)),
+        "with all logits": step_with(run.denoiser, ours(full)),
+        "plain PyTorch": step_with(model, model.loss),
+    }
+    try:
+        best = in_turn(steps, run.device, flags.repeats)
+    finally:
+        mdmvi.token_log_prob = scored
+    rows = [("a step of stage 1", "ms", "tokens/s", "as built is faster by")]
+    for name, s in best.items():
+        rate = f"{flags.batch * flags.max_len / s:,.0f}"
+        rows.append((name, f"{1e3 * s:.1f}", rate, f"{s / best['as built']:.2f}"))
+    print(eval_gsm8k.aligned(rows))
+
+
+# ------------------------------------------------------------------------------------------------
+# Memory, from fake tensors: shapes without numbers, so any size runs on any machine
+# ------------------------------------------------------------------------------------------------
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of all tensors that are alive, in `bytes`, and their `peak`.
+
+    A fake tensor does not know how many places a mask has: they are taken to be the canvas.
+    """
+
+    def __init__(self, flags):
+        super().__init__()
+        self.flags, self.bytes, self.peak, self.seen = flags, 0, 0, weakref.WeakSet()
+
+    def places(self, mask):
+        flat = mask.numel()  # a mask of rows only is shorter than one row of tokens
+        return flat * self.flags.canvas_len // self.flags.max_len if flat > 2048 else flat
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name == "nonzero":
+            out = args[0].new_empty((self.places(args[0]), args[0].dim()), dtype=torch.long)
+        elif name == "index" and args[1][0] is not None and args[1][0].dtype == torch.bool:
+            rest = args[0].shape[args[1][0].dim() :]
+            out = args[0].new_empty((self.places(args[1][0]), *rest))
+        else:
+            out = func(*args, **(kwargs or {}))
+        for x in torch.utils._pytree.tree_leaves(out):
+            if isinstance(x, torch.Tensor):
+                self.add(x.untyped_storage())
+        return out
+
+    def add(self, storage):
+        if storage not in self.seen:
+            self.seen.add(storage)
+            size = storage.nbytes()
+            self.bytes += size
+            self.peak = max(self.peak, self.bytes)
+            weakref.finalize(storage, self.free, size)
+
+    def free(self, size):
+        self.bytes -= size
+
+
+def flash(q, k, v):
+    """Attention as a GPU keeps it in memory; fake tensors would be given one with a matrix."""
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)[0]
+
+
+def peak_bytes(run, flags, accumulate, function):
+    """Peak of function(a copy of run, data), with the networks."""
+    names, fake = ("denoiser", "policy", "posterior"), copy.copy(run)
+    fake.args = make_args(flags, accumulate)
+    networks = {name: copy.deepcopy(getattr(run, name)) for name in names}
+    attention, F.scaled_dot_product_attention = F.scaled_dot_product_attention, flash
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), Live(flags) as live:
+            for name, network in networks.items():
+                setattr(fake, name, network.to_empty(device="cpu"))
+            function(fake, random_data(flags, run.device))
+    finally:
+        F.scaled_dot_product_attention = attention
+    return live.peak
+
+
+def training(stage, share):
+    """For `peak_bytes`: an update, for the optimiser's state; then all that a step has in memory."""
+
+    def steps(run, data):
+        groups, total, n = train.stage_groups(run, stage)
+        optimizers, parts = train.make_optimizers(groups, run.args.optimizer), run.args.accumulate
+        for part in range(2 if parts == 1 else 3):  # a third micro-batch is no more than the second
+            with torch.autocast("cpu", torch.bfloat16):
+                loss, _ = train.stage_loss(run, stage, int(share * total), data, n // parts)
+            loss.backward()
+            del loss
+            if part != 1 or parts == 1:
+                mdmvi.update(optimizers, 500, 1000)
+
+    return steps
+
+
+def scoring(strategy, temperature):
+    """For `peak_bytes`: 128 problems together."""
+
+    def sample(run, data):
+        tokens, canvas = (x[:128] for x in data)
+        options = {"policy": run.policy, "temperature": temperature}
+        mdmvi.generate(run.denoiser, tokens, canvas, strategy, run.args.budget, **options)
+
+    return sample
+
+
+def print_memory(run, flags):
+    """Peaks of everything at this shape, and the paper's 45,000 + 15,000 steps in FLOP."""
+    problems, rows = flags.batch // (PATHS + 1), [("peak, GiB", "", "accumulate 4", "8")]
+    for name, where in STEPS.items():
+        parts = [n for n in (1, 4, 8) if problems % n == 0]
+        cells = [f"{peak_bytes(run, flags, n, training(*where)) / 2**30:.1f}" for n in parts]
+        rows.append((name, *cells, *[""] * (3 - len(cells))))
+    for strategy in mdmvi.STRATEGIES:
+        for temperature in (0.0, 1.0):
+            peak = peak_bytes(run, flags, 1, scoring(strategy, temperature)) / 2**30
+            name = f"scoring 128 with {strategy}, temperature {temperature:.0f}"
+            rows.append((name, f"{peak:.1f}", "", ""))
+    print("computed; the driver and the allocator take about 1 GiB more\n")
+    print(eval_gsm8k.aligned(rows))
+    flops = flags.batch * flops_of(run.config, flags.canvas_len) * (45_000 + 2 * 15_000)
+    print(
+        f"\n45,000 plain, 15,000 further and 15,000 order steps: {flops:.2e} FLOP, at 40% of peak"
+    )
+    for name in ("H100", "A100", "RTX 4090"):
+        print(f"{name:10s}{flops / (0.4 * PEAKS[name]) / 3600:6.1f} hours")
+
+
+def main(argv=None):
+    flags = parse_args(argv)
+    device = torch.device(flags.device)
+    run = train.Run(make_args(flags), RandomTokens(flags.vocab))
+    data = random_data(flags, device)
+    count = sum(p.numel() for p in run.denoiser.parameters()) / 1e6
+    print(describe(device))
+    print(f"{flags.size}, {count:.1f}M parameters, {flags.batch} sequences of {flags.max_len}, "
+          f"canvas {flags.canvas_len}, vocabulary {flags.vocab}\n")  # fmt: skip
+    if flags.memory:
+        return print_memory(run, flags)
+    if flags.against_plain:
+        return print_against_plain(run, flags, data)
+    print_stages(run, flags, data)
+    print_samplers(run, flags, data)
+
+
+if __name__ == "__main__":
+    eval_gsm8k.run_main(main)

@@ -1,0 +1,119 @@
+"""The benchmark's parts: what it counts is right, what it prints is complete. No timings."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import mdmvi
+import train
+from eval_gsm8k import UserError
+from examples import benchmark
+
+SMALL = ["--size", "tiny", "--batch", "16", "--max-len", "24", "--canvas-len", "8", "--vocab", "40"]
+SMALL += ["--device", "cpu", "--no-compile", "--repeats", "1", "--budget", "3"]
+
+
+def make_run(flags):
+    return train.Run(benchmark.make_args(flags), benchmark.RandomTokens(flags.vocab))
+
+
+def test_every_step_and_sampler_has_a_row(capsys):
+    benchmark.main(SMALL)
+    lines = capsys.readouterr().out.splitlines()
+    for name in (*benchmark.STEPS, *mdmvi.STRATEGIES):
+        assert sum(line.startswith(name + " ") for line in lines) == 1, name
+    assert "CPU with" in lines[0] and any("optimiser takes" in line for line in lines)
+
+
+def test_paper_is_one_flag_and_others_change_it():
+    args = benchmark.make_args(benchmark.parse_args(["--paper", "--device", "cpu"]))
+    assert (args.size, args.batch, args.order_batch, args.accumulate) == ("170m", 256, 32, 8)
+    assert (args.max_len, args.canvas_len, args.optimizer) == (256, 96, "adamw")
+    args = benchmark.make_args(benchmark.parse_args(["--paper", "--batch", "8"]))
+    assert (args.batch, args.order_batch, args.accumulate) == (8, 1, 1)
+
+
+@pytest.mark.parametrize("more", [["--batch", "12"], ["--canvas-len", "24"], ["--device", "no"]])
+def test_what_cannot_be_is_one_line(more):
+    with pytest.raises(UserError):
+        benchmark.parse_args(SMALL + more)
+
+
+def test_plain_model_is_the_same_work():
+    """It has as many weights, and with ours copied over it gives the same logits."""
+    run = make_run(benchmark.parse_args(SMALL))
+    model, config = benchmark.PlainModel(run.config), run.config
+    assert sum(p.numel() for p in model.parameters()) == sum(
+        p.numel() for p in run.denoiser.parameters()
+    )
+    state = run.denoiser.state_dict()
+    names = {"proj": "out", "w1": "gate", "w2": "up", "w3": "down"}
+    theirs = {"cos": model.cos, "sin": model.sin}
+    for name, value in state.items():
+        parts = [names.get(part, part) for part in name.removeprefix("trunk.").split(".")]
+        if "qkv" in parts:  # rows (head, q|k|v, size) there, (q|k|v, head, size) here
+            value = (
+                value.view(config.n_head, 3, -1, config.n_embd).transpose(0, 1).reshape_as(value)
+            )
+        key = ".".join(parts).replace("wte", "embed").replace("lm_head", "head")
+        theirs[key] = value
+    model.load_state_dict(theirs)
+    tokens = torch.randint(config.vocab_size, (2, config.max_len))
+    ours = run.denoiser.logits(run.denoiser(tokens))
+    torch.testing.assert_close(model(tokens), ours, rtol=1e-4, atol=1e-5)
+
+
+def test_all_logits_give_the_same_log_probabilities():
+    flags = benchmark.parse_args(SMALL)
+    run, (tokens, canvas) = make_run(flags), benchmark.random_data(flags, torch.device("cpu"))
+    masked = canvas & (torch.rand(canvas.shape) < 0.5)
+    ours = mdmvi.token_log_prob(run.denoiser, tokens, masked)
+    full = benchmark.all_logits(run.denoiser, tokens, masked)
+    torch.testing.assert_close(full, ours)
+
+
+def test_against_plain_leaves_the_module_as_it_was(capsys):
+    before = mdmvi.token_log_prob
+    benchmark.main([*SMALL, "--against-plain"])
+    assert mdmvi.token_log_prob is before
+    assert "plain PyTorch" in capsys.readouterr().out
+
+
+def test_flops_are_those_that_torch_counts():
+    run = make_run(benchmark.parse_args(SMALL))
+    tokens = torch.randint(run.config.vocab_size, (1, run.config.max_len))
+    with FlopCounterMode(display=False) as counter:
+        run.denoiser.logits(run.denoiser(tokens)).sum().backward()
+    shape, N = run.config, run.config.max_len
+    attention = 12 * shape.n_layer * shape.n_embd * N * N  # torch does not count the CPU's
+    assert counter.get_total_flops() + attention == benchmark.flops_of(shape, N)
+
+
+def test_live_bytes_by_hand():
+    flags = benchmark.parse_args(SMALL)
+    run = make_run(flags)
+    weights = sum(
+        p.numel() for network in (run.denoiser, run.policy, run.posterior)
+        for p in network.parameters()
+    )  # fmt: skip
+
+    def twice(run, data):
+        x = torch.empty(1000, 1000)
+        del x
+        torch.empty(1000, 500)
+
+    peak = benchmark.peak_bytes(run, flags, 1, twice)
+    tables = sum(b.numel() for n in (run.denoiser, run.posterior) for b in n.buffers())
+    data = 256 * flags.max_len * 9 + 4 * (weights + tables) + 4_000_000
+    assert data <= peak < data + 20_000
+    flags.paper = True
+    plain = benchmark.training("plain", 0.5)
+    assert benchmark.peak_bytes(run, flags, 2, plain) < benchmark.peak_bytes(run, flags, 1, plain)
+
+
+def test_memory_has_a_row_for_each(capsys, monkeypatch):
+    monkeypatch.setattr(mdmvi, "STRATEGIES", ("learned", "entropy"))
+    benchmark.main([*SMALL, "--memory"])
+    out = capsys.readouterr().out
+    assert out.count("scoring 128 with") == 2 * len(mdmvi.STRATEGIES)
+    assert all(name in out for name in benchmark.STEPS) and "hours" in out

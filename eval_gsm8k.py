@@ -5,7 +5,7 @@
     python eval_gsm8k.py --sweep 1 2 3 4 5 8 35 --plot order.png
 
 A problem is a dict {question, answer}; its answer is a chain of <<...>> notes, then "#### N". One
-with a third key, chains, is an embedded problem: examples/arithmetic.py judges it.
+with a third key, solutions, lists all that is right; the others are judged by their equations.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import re
 import sys
 import time
 import warnings
+import zlib
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -28,7 +29,7 @@ import torch
 from tqdm import tqdm
 
 import mdmvi
-from examples import arithmetic
+from examples import arithmetic, chains
 
 SEPARATOR = "||"  # between question and answer, as in SMDM's fine-tuning data
 VERSION = 2  # of the checkpoints
@@ -56,7 +57,7 @@ class Tokenizer:
     eos_id = 0
 
     def __init__(self, pieces):
-        self.pieces = list(pieces)
+        self.pieces = [str(piece) for piece in pieces]
         self.ids = {piece: 257 + i for i, piece in enumerate(self.pieces)}
         self.vocab_size = self.mask_id = 257 + len(self.pieces)
 
@@ -131,10 +132,8 @@ def read_records(path):
     try:
         with OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8") as file:
             text = file.read()
-    except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError) as error:
-        raise UserError(
-            f"cannot read {path}: {error}; give a UTF-8 .json or .jsonl, .gz or .xz too"
-        )
+    except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError, zlib.error) as error:
+        raise UserError(f"cannot read {path}: {error}; give UTF-8 .json or .jsonl, .gz or .xz too")
     if not text.strip():
         raise UserError(f"{path} is empty: give a file with one JSON object a line")
     if text.lstrip().startswith("["):
@@ -151,6 +150,8 @@ def parsed(text, path, first_line):
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
         raise UserError(f"{path} line {line} is not JSON ({error.msg}): mend or remove it")
+    except RecursionError:
+        raise UserError(f"{path} line {first_line} is nested too deeply: mend or remove it")
 
 
 def hub_records(name, split):
@@ -168,6 +169,9 @@ def hub_records(name, split):
             f"cannot load {name} from the hub ({reason}): go online or give a local file"
         )
     return ((f"row {i}", row) for i, row in enumerate(rows))
+
+
+EMBEDDED = {"arithmetic": arithmetic.problems, "chains": chains.problems}
 
 
 def load_gsm8k(data, answers="equations", split="train"):
@@ -191,6 +195,8 @@ def load_gsm8k(data, answers="equations", split="train"):
     problems = []
     for source, records in sources:
         problems += [gsm8k_problem(r, answers, f"{source} {where}") for where, r in records]
+    if not problems:
+        raise UserError(f"{data} holds no problem: give a file with one JSON object a line")
     return problems
 
 
@@ -212,10 +218,11 @@ def gsm8k_problem(record, answers, where):
     if final_number(f"#### {final}") is None:
         raise UserError(f"{where} has no number in its final answer: mend or remove it")
     final = final.strip()
-    if "chains" in record:  # an embedded problem
-        if not arithmetic.are_chains(record["chains"]):
-            raise UserError(f"{where} has chains that are none: mend or remove it")
-        return {key: record[key] for key in ("question", "answer", "chains")}
+    if "solutions" in record:  # an embedded problem
+        solutions = record["solutions"]
+        if not isinstance(solutions, list) or not all(isinstance(x, str) for x in solutions):
+            raise UserError(f"{where} has solutions that are no list of texts: mend or remove it")
+        return {key: record[key] for key in ("question", "answer", "solutions")}
     equations = " ".join(re.findall(r"<<[^<>]*>>", solution))
     if answers == "equations":
         text = f"{equations} #### {final}".lstrip()
@@ -324,6 +331,11 @@ ORDERS = {
 }
 
 
+PARTS = {name: dict for name in ("args", "config", "denoiser", "policy", "posterior")}
+PARTS |= {"plain": (dict, type(None)), "tokenizer": (list, str), "optimizers": list}
+PARTS |= {"stage": str, "step": int, "generator": torch.Tensor}
+
+
 def load_checkpoint(path, device="cpu"):
     """The dict that train.py wrote (see train.Run.save). Raises UserError if it cannot be used."""
     advice = "give the checkpoint.pt that train.py wrote"
@@ -340,6 +352,9 @@ def load_checkpoint(path, device="cpu"):
         raise UserError(f"checkpoint {path} was written by another program: {advice}")
     if checkpoint.get("version") != VERSION:
         raise UserError(f"checkpoint {path} was written by an older version: train again")
+    for name, kind in PARTS.items():
+        if not isinstance(checkpoint.get(name), kind):
+            raise UserError(f"checkpoint {path} is damaged (its {name} is missing): {advice}")
     return checkpoint
 
 
@@ -355,15 +370,19 @@ def fill(network, state, where):
 
 def build_models(checkpoint, device="cpu"):
     """The Models of a checkpoint, ready for use. Raises UserError where its parts do not fit."""
+    args, has_plain = checkpoint["args"], checkpoint["plain"] is not None
     try:
         config = mdmvi.ModelConfig(**checkpoint["config"])
-        policy, posterior = ORDERS[checkpoint["args"]["orders"]]
-        has_order = checkpoint["args"]["order_steps"] > 0
-        has_plain = checkpoint["plain"] is not None
-    except (KeyError, TypeError, ValueError, RuntimeError):
-        raise UserError("the configuration in this checkpoint is damaged: train again")
-    plain = mdmvi.Denoiser(config) if has_plain else None
-    models = Models(mdmvi.Denoiser(config), policy(config.n_embd), posterior(config), plain)
+        policy, posterior = ORDERS[args["orders"]]
+        plain = mdmvi.Denoiser(config) if has_plain else None
+        models = Models(mdmvi.Denoiser(config), policy(config.n_embd), posterior(config), plain)
+        has_order = args["order_steps"] > 0
+        fits = tokenizer_of(checkpoint["tokenizer"]).vocab_size == config.vocab_size
+        fits = fits and args["budget"] >= 1 and config.canvas_len < config.max_len
+    except (KeyError, TypeError, ValueError, RuntimeError, ArithmeticError, AttributeError):
+        fits = False
+    if not fits:
+        raise UserError("the parts of this checkpoint do not fit each other: train again")
     for name, network in models._asdict().items():
         if network is not None:
             fill(network, checkpoint[name], f"the part {name!r}")
@@ -397,8 +416,8 @@ def is_answered(text, problem):
 
 
 def is_solved(text, problem):
-    if "chains" in problem:
-        return arithmetic.solves(text, problem["chains"])
+    if "solutions" in problem:
+        return text in problem["solutions"]
     return solves_equations(text, problem["reference"])
 
 
@@ -679,6 +698,25 @@ def positive(text):
     return value
 
 
+def seed(text):
+    """argparse type: a whole number that torch takes as a seed."""
+    value = int(text)
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"{value} is not in 0 .. 2^63 - 1")
+    return value
+
+
+def print_problems(problems, doc, argv):
+    """The command line of an embedded task: its problems as JSON lines."""
+    parser = Parser(doc)
+    parser.add_argument("--problems", type=positive, default=10, help="how many")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of the draws")
+    parser.add_argument("--held-out", action="store_true", help="test problems, not training ones")
+    args = parser.parse_args(argv)
+    for problem in problems(args.problems, args.seed, args.held_out):
+        print(json.dumps(problem))
+
+
 def check_device(name):
     """Raise UserError if there is no such device; on CUDA, let fp32 products use TF32."""
     try:
@@ -688,19 +726,17 @@ def check_device(name):
             f"--device {name} is not there: choose cpu, or cuda on a machine with a GPU"
         )
     if torch.device(name).type == "cuda":
-        torch.cuda.set_device(name)
+        torch.cuda.set_device(torch.device(name).index or 0)
         torch.set_float32_matmul_precision("high")
 
 
 def pick_problems(checkpoint, data, n):
-    """The first n problems (all if None) of --data, or of the embedded task's held-out stream."""
+    """The first n problems of --data, or of the held-out stream that the checkpoint goes with."""
     if data:
         return load_gsm8k(data, checkpoint["args"]["answers"], "test")[:n]
-    if checkpoint["args"]["data"]:
-        raise UserError(
-            "this checkpoint was trained on --data: give --data here, a file or hub name"
-        )
-    return arithmetic.problems(n or 2000, 1, True)
+    if checkpoint["args"]["data"] in EMBEDDED:
+        return EMBEDDED[checkpoint["args"]["data"]](n or 2000, 1, True)
+    raise UserError("this checkpoint was trained on --data: give --data here, a file or hub name")
 
 
 def main(argv=None):
@@ -714,7 +750,7 @@ def main(argv=None):
     add("--sweep", type=positive, nargs="+", default=(), help="score the rules at these steps too")
     add("--problems", type=positive, help="how many (default: 2000 embedded ones, or the file)")
     add("--batch", type=positive, default=128, help="problems generated together")
-    add("--seed", type=int, default=0, help="seed of the draws")
+    add("--seed", type=seed, default=0, help="seed of the draws")
     add("--device", default=device, help="cpu, cuda, cuda:1, ...")
     add("--json", metavar="FILE", help="write the rows as JSON")
     add("--plot", metavar="FILE", help="draw right answers against steps (needs matplotlib)")
@@ -722,10 +758,13 @@ def main(argv=None):
     check_device(args.device)
     for path in filter(None, (args.json, args.plot)):
         check_file(path)
-    if args.plot:
-        pyplot()
+    if (
+        args.plot
+        and Path(args.plot).suffix[1:] not in pyplot().gcf().canvas.get_supported_filetypes()
+    ):
+        raise UserError(f"cannot draw {args.plot}: give a .png, .svg or .pdf")
     rules = parse_rules(args.strategies) if args.strategies else None
-    checkpoint = load_checkpoint(args.checkpoint, args.device)
+    checkpoint = load_checkpoint(args.checkpoint)
     models = build_models(checkpoint, args.device)
     problems = pick_problems(checkpoint, args.data, args.problems)
     layout = (checkpoint["config"]["max_len"], checkpoint["config"]["canvas_len"])
@@ -747,7 +786,10 @@ def main(argv=None):
 def run_main(main):
     """Run a script: a UserError is one line on stderr and exit code 2, Ctrl-C is exit code 130."""
     try:
-        main()
+        try:
+            main()
+        finally:  # argparse leaves by SystemExit after --help
+            sys.stdout.flush()
     except UserError as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)

@@ -19,8 +19,8 @@ summaries of [F].
 
 A denoiser is any object with `denoiser(tokens)` -> hidden [B, N, D], `denoiser.logits(hidden)`
 for hidden [M, D] -> [M, V], and the attributes `mask_id` and (for eos_aware rules) `eos_id`. It
-never predicts MASK. A policy maps hidden -> pi_logits [B, N], a posterior maps (tokens, canvas)
--> log_alpha [B, N], below 0.
+never predicts MASK. A policy maps (hidden, masked) -> pi_logits [B, N], a posterior maps (tokens,
+canvas) -> log_alpha [B, N], at most 0.
 """
 
 import math
@@ -56,17 +56,17 @@ class ModelConfig:
 
 
 def rotary_tables(head_size, length, rope_bf16=False):
-    """cos and sin [length, head_size] of rotary embedding, base 10000, half-rotation form."""
+    """cos and signed sin [length, head_size] of rotary embedding, base 10000, by halves."""
     frequency = 10000.0 ** (-torch.arange(0, head_size, 2).float() / head_size)
     angle = torch.outer(torch.arange(length).float(), frequency).repeat(1, 2)
     cos, sin = angle.cos(), angle.sin()
+    sin[:, : head_size // 2] *= -1  # y1 = x1 cos - x2 sin, y2 = x2 cos + x1 sin
     return (cos.bfloat16().float(), sin.bfloat16().float()) if rope_bf16 else (cos, sin)
 
 
 def rotate(x, cos, sin):
     """Rotate x [B, heads, N, head_size]: its first half is paired with its second half."""
-    first, second = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat((-second, first), dim=-1) * sin).type_as(x)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).type_as(x)
 
 
 class Block(nn.Module):
@@ -150,7 +150,7 @@ class Denoiser(nn.Module):
 
 
 class UnmaskPolicy(nn.Module):
-    """pi_i(x_s) = sigmoid(pi_logits): hidden [B, N, D] -> pi_logits fp32 [B, N] (R for the form).
+    """pi_i(x_s) = sigmoid(pi_logits): hidden [B, N, D], masked -> pi_logits fp32 [B, N] (R).
 
     A small head on the denoiser's last hidden states, so that a step of generation costs one pass.
     """
@@ -160,7 +160,7 @@ class UnmaskPolicy(nn.Module):
         self.inner = nn.ModuleList(nn.Linear(n_embd, n_embd) for _ in range(n_layer))
         self.outer = nn.Linear(n_embd, 1)
 
-    def forward(self, hidden):
+    def forward(self, hidden, masked):
         for layer in self.inner:
             hidden = F.silu(layer(hidden))
         return self.outer(hidden).squeeze(-1).float()
@@ -193,7 +193,7 @@ def token_log_prob(denoiser, tokens, masked):
     """
     hidden = denoiser(tokens.masked_fill(masked, denoiser.mask_id))
     place, used = scored_places(denoiser, masked)
-    logits = denoiser.logits(hidden.flatten(0, 1)[place])
+    logits = denoiser.logits(hidden.flatten(0, 1)[place]).float()
     log_p = -F.cross_entropy(logits, tokens.flatten()[place], reduction="none")
     return at_places(log_p, place, used, tokens.shape), hidden
 
@@ -311,7 +311,7 @@ def step_bound(denoiser, policy, tokens, masked, log_r, last):
     = pi = 1.
     """
     log_p, hidden = token_log_prob(denoiser, tokens, masked)
-    pi_logits = policy(hidden)
+    pi_logits = policy(hidden, masked)
     log_r = log_r.masked_fill(last[:, None], 0.0)
     rho = log_r.exp()
     token_term = (rho * log_p).sum(1)
@@ -356,7 +356,7 @@ def order_loss(denoiser, policy, posterior, tokens, canvas, budget, tau, paths, 
     stats: dict of detached scalars, elbo and kl in nats per canvas token). Raises ValueError on a
     budget or paths below 1, or tau not above 0.
     """
-    check_order_arguments(budget, paths, tau)
+    check_order_arguments(tau, budget=budget, paths=paths)
     u = stratified_uniform(len(tokens), tokens.device, generator)
     s = (u * budget).long().clamp(max=budget - 1)
     weight = torch.full_like(u, float(budget))
@@ -368,8 +368,8 @@ def order_loss(denoiser, policy, posterior, tokens, canvas, budget, tau, paths, 
     return -elbo, {"elbo": elbo.detach(), "kl": (kl / length).mean()}
 
 
-def check_order_arguments(budget, paths, tau):
-    at_least_one(budget=budget, paths=paths)
+def check_order_arguments(tau, **counts):
+    at_least_one(**counts)
     if not tau > 0:
         raise ValueError(f"tau is {tau}: it must be above 0")
 
@@ -380,9 +380,9 @@ def order_elbo(denoiser, policy, posterior, tokens, canvas, budget, tau, samples
 
     With policy and posterior None: the bound of uniformly random orders at this budget, where
     every token picks its step uniformly (rho_i = pi_i = 1 / (T - s), so KL = 0). Takes samples *
-    T passes. Raises ValueError on a budget or samples below 1.
+    T passes. Raises ValueError on a budget or samples below 1, or tau not above 0.
     """
-    at_least_one(budget=budget, samples=samples)
+    check_order_arguments(tau, budget=budget, samples=samples)
     total = torch.zeros(len(tokens), device=tokens.device)
     log_alpha = None if posterior is None else posterior(tokens, canvas)
     for _ in range(samples):
@@ -408,7 +408,7 @@ def order_elbo(denoiser, policy, posterior, tokens, canvas, budget, tau, samples
 
 CONFIDENCE_RULES = ("top_prob", "top_prob_margin", "entropy", "threshold")  # these may be eos_aware
 STRATEGIES = ("learned", "iid", *CONFIDENCE_RULES, "left_to_right", "random")
-THRESHOLD = 0.9  # of the rule of this name: reveal what is at least as probable
+THRESHOLD = 0.9  # of the rule of this name: reveal what is more probable
 
 
 class Generation(NamedTuple):
@@ -519,11 +519,11 @@ def generate(
             break
         x, masked = tokens[rows], canvas[rows] & (reveal_step[rows] < 0)
         hidden = denoiser(x)
-        logits = denoiser.logits(hidden[masked])
+        logits = denoiser.logits(hidden[masked]).float()
         if s == budget - 1:
             reveal = masked
         elif strategy == "learned":
-            reveal = choose_by_policy(policy(hidden), masked, generator)
+            reveal = choose_by_policy(policy(hidden, masked), masked, generator)
         else:
             reveal = choose_by_rule(strategy, logits, masked, budget - s, eos_id, generator)
         filled = x.masked_scatter(masked, draw_tokens(logits, temperature, generator))
@@ -535,43 +535,29 @@ def generate(
 
 
 # ------------------------------------------------------------------------------------------------
-# 5. Beyond the paper. From scores all alike the gradient of the bound finds a poor order in a short
-#    training. What helps (RESULTS.md says how much):
-#      RunPosterior           neighbours share a step unless a cut parts them
-#      RunPolicy              a position is revealed along with those before it
-#      draw_step              steps that paths reach are drawn more often: less variance
-#      left_to_right_order    a search for orders of known solutions, to begin with
-#      known_order_loss       the bound of such orders, and the posterior's imitation of them
-#      order_groups, update   rates of the three networks, each clipped by itself
+# 5. Beyond the paper. Free scores that start alike find no good order in a short training. What
+#    helps (RESULTS.md says how much):
+#      RunPosterior, RunPolicy   an order is a cut of the canvas into runs, from the left
+#      best_runs, run_loss       a search for the orders of some problems, and learning them
+#      draw_step                 steps that paths reach are drawn more often: less variance
+#      order_groups, update      rates of the three networks, each clipped by itself
 # ------------------------------------------------------------------------------------------------
 
 
-class RunPolicy(UnmaskPolicy):
-    """An `UnmaskPolicy` for runs: pi_i = prod_{j <= i} sigmoid(u_j), with u from the same head.
-
-    To reveal a run up to its end, a position has to know that all before it are sure. The product
-    tells it; a head that sees one position cannot.
-    """
-
-    def __init__(self, n_embd, n_layer=1):
-        super().__init__(n_embd, n_layer)
-        nn.init.constant_(self.outer.bias, 3.0)
-
-    def forward(self, hidden):
-        log_pi = F.logsigmoid(super().forward(hidden)).cumsum(1)
-        return log_pi - log_one_minus(log_pi)
-
-
 class RunPosterior(OrderPosterior):
-    """An `OrderPosterior` whose orders are runs: log alpha falls by SPACING at each cut.
+    """An `OrderPosterior` whose orders are runs: log alpha falls by up to SPACING at each position.
 
     A cut is a sigmoid in front of each position, sharpened by SHARPEN; a position's level is the
     sum of the cuts up to it. When each token has a number of its own, errors of about tau put
-    tokens that belong together into different steps; here a run moves as one. SPACING is made for
-    tau = 0.1.
+    tokens that belong together into different steps; here a run moves as one. It starts as a soft
+    front from the left, and the gradient sharpens the cuts. Both constants are for tau = 0.1.
     """
 
     SPACING, SHARPEN = 0.4, 2.0
+
+    def __init__(self, config, n_layer=None):
+        super().__init__(config, n_layer)
+        nn.init.constant_(self.score.bias, -1.7)  # rho falls to 1 / e over eight positions
 
     def forward(self, tokens, canvas):
         cut = (self.SHARPEN * self.scores(tokens, canvas)).sigmoid().squeeze(-1)
@@ -586,6 +572,63 @@ class RunPosterior(OrderPosterior):
         self.trunk.load_state_dict({name: state[name] for name in self.trunk.state_dict()})
         self.trunk.wte.requires_grad_(False)
         return self
+
+
+class RunPolicy(UnmaskPolicy):
+    """An `UnmaskPolicy` for runs: pi_i is the product of sigmoid(u_j) over j <= i in M_s.
+
+    To be revealed, a position of a run has to know that all before it are. The product tells it; a
+    head that sees one position cannot.
+    """
+
+    def __init__(self, n_embd, n_layer=1):
+        super().__init__(n_embd, n_layer)
+        nn.init.constant_(self.outer.bias, 3.0)
+
+    def forward(self, hidden, masked):
+        log_u = F.logsigmoid(super().forward(hidden, masked))
+        log_pi = log_u.masked_fill(~masked, 0.0).cumsum(1)
+        return log_pi - log_one_minus(log_pi)
+
+
+@torch.no_grad()
+def best_runs(denoiser, tokens, canvas, budget, price=0.5):
+    """The best cut of known solutions into at most `budget` runs: step int64 [B, N], -1 off canvas.
+
+    Maximises sum_i log p_theta(x_0^i | what lies before the run of i), less `price` nats a cut and
+    up to as much again towards the right, so that of cuts about as good the leftmost is taken.
+    Dynamic programming; takes a denoiser pass for each place of the longest canvas.
+    """
+    at_least_one(budget=budget)
+    length, place = canvas.sum(1), (canvas.cumsum(1) - 1).clamp(min=0)
+    L = int(length.max())
+    run = torch.zeros(len(tokens), L, L + 1, device=tokens.device)  # [:, i, j]: places i .. j - 1
+    for i in range(L):
+        log_p, _ = token_log_prob(denoiser, tokens, canvas & (place >= i))
+        run[:, i, 1:] = torch.zeros_like(run[:, 0, 1:]).scatter_add(1, place, log_p).cumsum(1)
+    cost = price * (1 + torch.arange(L, device=tokens.device) / L)[:, None]
+    best, starts = run[:, 0], []  # best[:, j]: of the first j places, with the cuts so far
+    for _ in range(budget - 1):
+        value, start = (best[:, :L, None] + run - cost).max(1)
+        starts.append(start.masked_fill(best >= value, -1))  # -1: no further cut
+        best = torch.maximum(best, value)
+    end, cuts = length, torch.zeros_like(best, dtype=torch.int64)
+    for start in reversed(starts):
+        start = start.gather(1, end[:, None]).squeeze(1)
+        cuts.scatter_add_(1, start.clamp(min=0)[:, None], (start >= 0).long()[:, None])
+        end = torch.where(start >= 0, start, end)
+    return cuts.cumsum(1).gather(1, place).masked_fill(~canvas, -1)
+
+
+def run_loss(posterior, tokens, canvas, step):
+    """Teach a `RunPosterior` known runs: cross-entropy of its cuts, nats per canvas token (scalar).
+
+    step int64 [B, N], as `best_runs` returns it.
+    """
+    before = F.pad(step.cummax(1).values, (1, 0), value=0)[:, :-1].clamp(min=0)
+    scores = posterior.scores(tokens, canvas).squeeze(-1)
+    loss = F.binary_cross_entropy_with_logits(scores, (step > before).float(), reduction="none")
+    return ((loss * canvas).sum(1) / canvas.sum(1)).mean()
 
 
 @torch.no_grad()
@@ -618,7 +661,7 @@ def importance_order_loss(
     All paths of a problem begin with the full canvas, so f_0 takes one pass and is exact. One later
     step s is drawn by `draw_step`. Arguments, result and errors as for `order_loss`.
     """
-    check_order_arguments(budget, paths, tau)
+    check_order_arguments(tau, budget=budget, paths=paths)
     log_alpha, length = posterior(tokens, canvas), canvas.sum(1)
     log_r = log_rho(log_alpha, canvas, tau)
     last = torch.full_like(length, budget == 1, dtype=torch.bool)
@@ -632,64 +675,6 @@ def importance_order_loss(
         value, kl = value + later, kl + later_kl
     elbo = (value / length).mean()
     return -elbo, {"elbo": elbo.detach(), "kl": (kl / length).mean()}
-
-
-@torch.no_grad()
-def sure_prefix_order(denoiser, tokens, canvas, budget, sure=0.7):
-    """An order of known tokens that the revealed ones tell: step int64 [B, N], -1 off the canvas.
-
-    A step reveals the masked places from the left up to the first one that the denoiser is not
-    sure of (its most likely token has a probability below `sure`). That one is revealed as well
-    if it would stay unsure: it is a choice, and what follows may hang on it; otherwise it waits
-    for what is being revealed. The last step reveals all that is left. Takes 2 (T - 1) passes.
-    Raises ValueError on a budget below 1.
-    """
-    at_least_one(budget=budget)
-    masked, step = canvas, torch.full_like(tokens, -1)
-    for s in range(budget - 1):
-        unsure = masked & ~sure_places(denoiser, tokens, masked, sure)
-        before = masked & (unsure.cumsum(1) == 0)
-        rest = masked & ~before
-        choice = rest & (rest.cumsum(1) == 1) & ~sure_places(denoiser, tokens, rest, sure)
-        reveal = before | choice
-        step, masked = step.masked_fill(reveal, s), masked & ~reveal
-    return step.masked_fill(masked, budget - 1)
-
-
-def sure_places(denoiser, tokens, masked, sure):
-    """bool [B, N]: masked places whose most likely token has a probability of `sure` or more."""
-    hidden = denoiser(tokens.masked_fill(masked, denoiser.mask_id))
-    place, used = scored_places(denoiser, masked)
-    p = confidence("top_prob", denoiser.logits(hidden.flatten(0, 1)[place]))
-    return masked & (at_places(p, place, used, tokens.shape) >= sure)
-
-
-def known_order_loss(
-    denoiser, policy, posterior, tokens, canvas, step, budget, states, generator=None
-):
-    """Learn from known orders, step int64 [B, N] (-1 off the canvas): (loss scalar, stats).
-
-    The negative bound of the order itself (rho is 0 or 1, nats per canvas token), from `states` of
-    the steps it takes, stratified; plus the cross-entropy of a `RunPosterior`'s cuts (nats per
-    canvas token), which teaches it the order. Takes B `states` denoiser passes.
-    """
-    length = canvas.sum(1)
-    cut = (step > step.roll(1, 1)) & (step > 0)
-    scores = posterior.scores(tokens, canvas).squeeze(-1)
-    imitation = F.binary_cross_entropy_with_logits(scores, cut.float(), reduction="none")
-    imitation = ((imitation * canvas).sum(1) / length).mean()
-    tokens, canvas, step, length = (
-        x.repeat(states, *[1] * (x.dim() - 1)) for x in (tokens, canvas, step, length)
-    )
-    used = step.amax(1) + 1
-    u = stratified_uniform(len(tokens), tokens.device, generator)
-    s = torch.minimum((u * used).long(), used - 1)
-    masked = canvas & (step >= s[:, None])
-    log_r = torch.where(step == s[:, None], 0.0, -30.0)  # rho = 1e-13: as good as 0
-    token_term, kl = step_bound(denoiser, policy, tokens, masked, log_r, s == budget - 1)
-    elbo = (used * (token_term - kl) / length).mean()
-    stats = {"elbo": elbo.detach(), "kl": (used * kl.detach() / length).mean()}
-    return imitation - elbo, {**stats, "imitation": imitation.detach()}
 
 
 def order_groups(denoiser, policy, posterior, lr=1e-3, policy_lr=3e-3, posterior_lr=1e-3):

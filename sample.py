@@ -104,13 +104,15 @@ def read_args(argv):
     add("--strategy", nargs="+", default=["learned"], help="one or several, like top_prob+eos")
     add("--budget", type=positive, help="steps (default: the budget it was trained for)")
     add("--temperature", type=float, default=0.0, help="0 takes the most likely token")
-    add("--seed", type=int, default=0, help="seed of the draws")
+    add("--seed", type=eval_gsm8k.seed, default=0, help="seed of the draws")
     add("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
     add("--html", metavar="FILE", help="write a page that shades each token by its step")
     args = parser.parse_args(argv)
     if not 0 <= args.temperature < math.inf:
         raise UserError(f"--temperature is {args.temperature}: it must be at least 0")
     eval_gsm8k.check_device(args.device)
+    if args.html:
+        eval_gsm8k.check_file(args.html)
     return args
 
 
@@ -120,7 +122,7 @@ def main(argv=None):
         (name, eval_gsm8k.parse_rules([name])[0] if name != "learned" else (name, False))
         for name in args.strategy
     ]
-    checkpoint = eval_gsm8k.load_checkpoint(args.checkpoint, args.device)
+    checkpoint = eval_gsm8k.load_checkpoint(args.checkpoint)
     prompt = (sys.stdin.read() if args.prompt is None else args.prompt).strip()
     if not prompt:
         raise UserError("the prompt is empty: give it as an argument or on standard input")

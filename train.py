@@ -29,7 +29,7 @@ from tqdm import tqdm
 import eval_gsm8k
 import mdmvi
 from eval_gsm8k import UserError
-from examples import arithmetic, smdm
+from examples import smdm
 from examples.muon import Muon
 
 #           layers, heads, width, hidden
@@ -40,6 +40,7 @@ SIZES = {
     "170m": (18, 12, 768, 3072),
 }
 STAGES = ("plain", "baseline", "order", "done")
+COPY_STEPS, COPY_BATCH = 200, 64  # the posterior's training on the orders that were searched
 SAVE_COST = 0.02  # the share of the time that saving may take
 FREE = {"out", "resume", "start", "device", "compile", "problems"}  # may differ when a run goes on
 STAGE_1 = {"answers", "size", "init", "max_len", "canvas_len"}  # may not differ from --start's run
@@ -49,7 +50,9 @@ STAGE_1 = {"answers", "size", "init", "max_len", "canvas_len"}  # may not differ
 class Args:
     """The flags of a run. The comment behind a field is its help; checkpoints keep them all."""
 
-    data: str = None  # .json/.jsonl(.gz/.xz) file, folder or hub name; else embedded word problems
+    data: str = (
+        "arithmetic"  # or chains, made here; a .json/.jsonl(.gz/.xz) file, folder or hub name
+    )
     answers: str = "equations"  # with --data: "equations" are the <<...>> notes only, or "full"
     out: str = "out"  # folder for checkpoint.pt, plain.pt, log.jsonl and results.json
     resume: bool = False  # go on from OUT/checkpoint.pt
@@ -57,8 +60,8 @@ class Args:
     seed: int = 0  # seed of the weights and of every draw
     size: str = "small"  # shape of the model: tiny, small, 6m or 170m
     init: str = None  # start from smdm-170m, or a folder with SMDM .safetensors and tokenizer.json
-    max_len: int = 72  # tokens in prompt and canvas together (256 for GSM8K)
-    canvas_len: int = 41  # tokens in the canvas (96 for GSM8K)
+    max_len: int = 53  # tokens in prompt and canvas together (256 for GSM8K)
+    canvas_len: int = 28  # tokens in the canvas (96 for GSM8K)
     steps: int = 4500  # stage 1: plain steps
     batch: int = 32  # stage 1: sequences a step
     lr: float = 6e-3  # stage 1: peak learning rate
@@ -67,7 +70,7 @@ class Args:
     paths: int = 7  # stage 2: paths a problem, K
     order_lr: float = 1e-3  # stage 2, baseline: peak rate of the denoiser; 0 leaves it frozen
     head_lr: float = 3e-3  # stage 2: peak rate of policy and posterior
-    copy: float = 0.4  # stage 2: share of the steps that copy searched orders, before the bound
+    search: int = 1024  # stage 2: problems whose best runs it starts from; 0: none
     budget: int = 5  # stage 2: steps of generation, T
     tau: float = 0.1  # stage 2: temperature of the posterior
     orders: str = "runs"  # stage 2: runs from the left, or free ones, as in the paper
@@ -87,7 +90,7 @@ CHOICES = {
     "estimator": ("importance", "uniform"),
     "optimizer": ("muon", "adamw"),
 }
-AT_LEAST_0 = ("seed", "order_steps", "problems", "lr", "order_lr", "head_lr", "end_lr")
+AT_LEAST_0 = ("seed", "order_steps", "search", "problems", "lr", "order_lr", "head_lr", "end_lr")
 
 
 def parse_args(argv=None):
@@ -108,16 +111,16 @@ def parse_args(argv=None):
     for field in fields(Args):
         flag, value = "--" + field.name.replace("_", "-"), getattr(args, field.name)
         least = 0 if field.name in AT_LEAST_0 else 1
-        if field.type is int and value < least:
-            raise UserError(f"{flag} is {value}: it must be at least {least}")
+        if field.type is int and not least <= value < 2**63:
+            raise UserError(f"{flag} is {value}: it must be at least {least}, and below 2^63")
         if field.type is float and not 0 <= value < math.inf:
             raise UserError(f"{flag} is {value}: it must be 0 or more")
-    if args.tau == 0 or args.end_lr > 1 or args.copy > 1:
-        raise UserError("--tau must be above 0, --end-lr and --copy at most 1")
+    if args.tau == 0 or args.end_lr > 1:
+        raise UserError("--tau must be above 0, and --end-lr at most 1")
     if args.batch % args.accumulate or args.order_batch % args.accumulate:
         raise UserError(f"--accumulate {args.accumulate} must divide --batch and --order-batch")
-    if args.orders == "free" and args.copy > 0:
-        raise UserError("--orders free cannot copy what is searched, runs: give --copy 0")
+    if args.orders == "free" and args.search:
+        raise UserError("--orders free cannot learn what is searched, runs: give --search 0")
     if args.canvas_len >= args.max_len:
         raise UserError(
             f"--canvas-len {args.canvas_len} leaves no prompt in --max-len {args.max_len}"
@@ -193,7 +196,7 @@ class Run:
             torch.save(state, f"{path}.tmp")
             os.replace(f"{path}.tmp", path)
         except (OSError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
+            reason = " ".join(str(error).split())[:100]
             raise UserError(f"cannot write {path} ({reason}): make room, then go on with --resume")
 
     def load(self, path, may_differ, parts):
@@ -213,7 +216,11 @@ class Run:
             if state[name] is not None:
                 where = f"{path}: the part {name!r}"
                 eval_gsm8k.fill(getattr(self, name), state[name], where)
-        self.generator.set_state(state["generator"].cpu())
+        try:
+            self.generator.set_state(state["generator"].cpu())
+            STAGES.index(state["stage"])
+        except (RuntimeError, TypeError, ValueError):
+            raise UserError(f"{path} is damaged (generator or stage): train again")
         self.stage, self.step = state["stage"], state["step"]
         self.optimizers = state["optimizers"]
 
@@ -221,8 +228,9 @@ class Run:
 def load_problems(args):
     """(training problems, held-out problems), never overlapping."""
     wanted = max(args.problems, 256)
-    if args.data is None:
-        return arithmetic.problems(60_000, 0, False), arithmetic.problems(wanted, 1, True)
+    if args.data in eval_gsm8k.EMBEDDED:
+        draw = eval_gsm8k.EMBEDDED[args.data]
+        return draw(60_000, 0, False), draw(wanted, 1, True)
     problems = eval_gsm8k.load_gsm8k(args.data, args.answers)
     held_out = min(wanted, len(problems) // 10)
     if held_out == 0:
@@ -284,15 +292,10 @@ def passes(args):
     return args.paths + (args.estimator == "importance")
 
 
-def copy_steps(args):
-    """Steps of stage 2 that learn from searched orders."""
-    return int(args.copy * args.order_steps)
-
-
 def baseline_steps(args):
-    """Steps of stage 2, and what its searches cost: a pass without gradient is a third of one."""
-    searches = 2 * (args.budget - 1) / 3 / passes(args)
-    return args.order_steps + math.ceil(searches * copy_steps(args))
+    """Steps of stage 2, and what its search costs: a pass without gradient is a third of one."""
+    searched = args.search * args.canvas_len / 3
+    return args.order_steps + math.ceil(searched / (args.order_batch * passes(args)))
 
 
 def stage_groups(run, stage):
@@ -315,8 +318,8 @@ def pick(data, n, generator):
     return [x[rows] for x in data]
 
 
-def stage_loss(run, stage, step, data, n):
-    """(loss, stats) of a stage at a step, on n problems drawn from data = (tokens, canvas)."""
+def stage_loss(run, stage, data, n):
+    """(loss, stats) of a stage, on n problems drawn from data = (tokens, canvas)."""
     args, generator = run.args, run.generator
     if stage != "order":
         denoiser = run.denoiser if stage == "plain" else run.plain
@@ -324,15 +327,9 @@ def stage_loss(run, stage, step, data, n):
         return mdmvi.mdm_loss(denoiser, tokens.long(), canvas, generator), {}
     networks = (run.denoiser, run.policy, run.posterior)
     tokens, canvas = pick(data, n, generator)
-    tokens = tokens.long()
-    if step < copy_steps(args):
-        order = mdmvi.sure_prefix_order(run.denoiser, tokens, canvas, args.budget)
-        return mdmvi.known_order_loss(
-            *networks, tokens, canvas, order, args.budget, passes(args), generator
-        )
     estimator = {"importance": mdmvi.importance_order_loss, "uniform": mdmvi.order_loss}
     return estimator[args.estimator](
-        *networks, tokens, canvas, args.budget, args.tau, args.paths, generator
+        *networks, tokens.long(), canvas, args.budget, args.tau, args.paths, generator
     )
 
 
@@ -341,7 +338,7 @@ def train_step(run, stage, step, steps, data, n, optimizers):
     total, parts = 0.0, run.args.accumulate
     for _ in range(parts):
         with autocast(run.device):
-            loss, stats = stage_loss(run, stage, step, data, n // parts)
+            loss, stats = stage_loss(run, stage, data, n // parts)
         (loss / parts).backward()
         total = total + loss.detach() / parts
     mdmvi.update(optimizers, step, steps, run.args.end_lr)
@@ -349,24 +346,27 @@ def train_step(run, stage, step, steps, data, n, optimizers):
 
 
 def compile_passes(run, stage, data, n):
-    """torch.compile the passes with their loss, and try it on a micro-batch of this stage."""
-    if not run.args.compile:
-        return
+    """torch.compile the passes with their loss, and try it on a micro-batch of this stage.
+
+    Returns the function as it was, to be put back when the stage ends.
+    """
     eager, state = mdmvi.token_log_prob, run.generator.get_state()
-    mdmvi.token_log_prob = torch.compile(getattr(eager, "eager", eager), dynamic=False)
-    mdmvi.token_log_prob.eager = getattr(eager, "eager", eager)
+    if not run.args.compile:
+        return eager
+    mdmvi.token_log_prob = torch.compile(eager, dynamic=False)
     try:
         with autocast(run.device):
-            loss, _ = stage_loss(run, stage, 10**9, data, n // run.args.accumulate)
+            loss, _ = stage_loss(run, stage, data, n // run.args.accumulate)
         loss.backward()
     except Exception as error:  # a compiler that is missing or broken raises many kinds
         reason = type(error).__name__
         print(f"torch.compile does not work here ({reason}): going on without it", file=sys.stderr)
-        mdmvi.token_log_prob, run.args.compile = mdmvi.token_log_prob.eager, False
+        mdmvi.token_log_prob, run.args.compile = eager, False
     for network in (run.denoiser, run.policy, run.posterior, run.plain):
         if network is not None:
             network.zero_grad(set_to_none=True)
     run.generator.set_state(state)
+    return eager
 
 
 def train_stage(run, stage, data, stop, log):
@@ -374,10 +374,13 @@ def train_stage(run, stage, data, stop, log):
     args, path = run.args, Path(run.args.out, "checkpoint.pt")
     groups, steps, n = stage_groups(run, stage)
     optimizers = make_optimizers(groups, args.optimizer)
-    for optimizer, state in zip(optimizers, run.optimizers or ()):
-        optimizer.load_state_dict(state)
+    try:
+        for optimizer, state in zip(optimizers, run.optimizers or ()):
+            optimizer.load_state_dict(state)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise UserError(f"the optimisers in {path} do not fit: it is damaged, train again")
     run.optimizers = None
-    compile_passes(run, stage, data, n)
+    eager = compile_passes(run, stage, data, n)
     total, since, began = 0.0, 0, time.perf_counter()
     saved, cost = time.perf_counter(), 1.0
     bar = tqdm(total=steps, initial=run.step, desc=stage, unit="step", mininterval=1.0)
@@ -411,6 +414,29 @@ def train_stage(run, stage, data, stop, log):
             print(f"stopped at {stage} step {run.step}; go on with --resume", file=sys.stderr)
             raise KeyboardInterrupt
     bar.close()
+    mdmvi.token_log_prob = eager
+
+
+def search_orders(run, data, stop):
+    """Search the best runs of some training problems, and let the posterior learn them."""
+    args, found = run.args, []
+    tokens, canvas = pick(data, args.search, run.generator)
+    parts = list(zip(tokens.split(64), canvas.split(64)))
+    for x, on in tqdm(parts, desc="search", unit="batch", mininterval=1.0):
+        with autocast(run.device):
+            found.append(mdmvi.best_runs(run.denoiser, x.long(), on, args.budget))
+        if stop:
+            raise KeyboardInterrupt
+    groups = mdmvi.order_groups(None, None, run.posterior, posterior_lr=args.head_lr)
+    optimizers = make_optimizers(groups, args.optimizer)
+    for step in tqdm(range(COPY_STEPS), desc="copy", unit="step", mininterval=1.0):
+        x, on, order = pick((tokens, canvas, torch.cat(found)), COPY_BATCH, run.generator)
+        with autocast(run.device):
+            loss = mdmvi.run_loss(run.posterior, x.long(), on, order)
+        loss.backward()
+        mdmvi.update(optimizers, step, COPY_STEPS, args.end_lr)
+        if stop:
+            raise KeyboardInterrupt
 
 
 def train(run, data, stop):
@@ -430,6 +456,8 @@ def train(run, data, stop):
         while run.stage != "done":
             if run.stage == "order" and run.step == 0:
                 run.begin_orders()
+                if args.search:
+                    search_orders(run, data, stop)
             train_stage(run, run.stage, data, stop, log)
             run.stage, run.step = after[run.stage], 0
             if run.stage == "baseline":

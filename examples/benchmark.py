@@ -16,8 +16,8 @@ import weakref
 from argparse import BooleanOptionalAction
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -40,8 +40,7 @@ PEAKS = {
 }
 DEFAULT = {"size": "small", "batch": 64, "max_len": 72, "canvas_len": 41, "vocab": 320}
 PAPER = {"size": "170m", "batch": 256, "max_len": 256, "canvas_len": 96, "vocab": 32_000}
-#         what is timed: (stage, how far in it); stage 2 first learns from orders that it searches
-STEPS = {"plain step": ("plain", 0.5), "order step": ("order", 0.9), "copying step": ("order", 0.0)}
+STAGES = ("plain", "order")
 PATHS = 7  # with the exact pass on the full canvas, a problem takes 8 sequences in stage 2
 
 
@@ -155,22 +154,21 @@ def describe(device):
     return ", ".join([*words, f"{torch.get_num_threads()} threads"])
 
 
-def make_step(run, stage, share, data):
-    """A function that takes a training step `share` of the way through a stage."""
+def make_step(run, stage, data):
+    """A function that takes a training step of a stage, half-way through it."""
     groups, steps, n = train.stage_groups(run, stage)
     optimizers = train.make_optimizers(groups, run.args.optimizer)
-    step = int(share * steps)
-    return lambda: train.train_step(run, stage, step, steps, data, n, optimizers)
+    return lambda: train.train_step(run, stage, steps // 2, steps, data, n, optimizers)
 
 
 def stage_peaks(run, data):
-    """{step: its peak of memory on the GPU, with no other's optimiser}; {} on a CPU."""
+    """{stage: its peak of memory on the GPU, with no other's optimiser}; {} on a CPU."""
     peaks = {}
-    for name, (stage, share) in STEPS.items() if run.device.type == "cuda" else ():
-        step = make_step(run, stage, share, data)
+    for stage in STAGES if run.device.type == "cuda" else ():
+        step = make_step(run, stage, data)
         torch.cuda.reset_peak_memory_stats(run.device)
         step(), step()  # the first one makes the optimiser's state
-        peaks[name] = torch.cuda.max_memory_allocated(run.device)
+        peaks[stage] = torch.cuda.max_memory_allocated(run.device)
         del step
         for network in (run.denoiser, run.policy, run.posterior):
             network.zero_grad(set_to_none=True)
@@ -191,22 +189,22 @@ def optimizer_share(run, step):
 def print_stages(run, flags, data):
     """The steps of both stages, at the same number of sequences."""
     device = run.device
-    for stage in ("plain", "order"):
+    for stage in STAGES:
         train.compile_passes(run, stage, data, train.stage_groups(run, stage)[2])
     peaks = stage_peaks(run, data)
-    steps = {name: make_step(run, *where, data) for name, where in STEPS.items()}
+    steps = {stage: make_step(run, stage, data) for stage in STAGES}
     best = in_turn(steps, device, flags.repeats)
     rows = [("", "ms", "tokens/s", "against plain", "peak GiB" if peaks else "")]
-    for name, seconds in best.items():
+    for stage, seconds in best.items():
         rate = f"{flags.batch * flags.max_len / seconds:,.0f}"
-        peak = f"{peaks[name] / 2**30:.2f}" if peaks else ""
-        ratio = f"{seconds / best['plain step']:.2f}"
-        rows.append((name, f"{1e3 * seconds:.1f}", rate, ratio, peak))
+        peak = f"{peaks[stage] / 2**30:.2f}" if peaks else ""
+        ratio = f"{seconds / best['plain']:.2f}"
+        rows.append((f"{stage} step", f"{1e3 * seconds:.1f}", rate, ratio, peak))
     print(eval_gsm8k.aligned(rows))
     places = flags.canvas_len if device.type == "cuda" else flags.canvas_len / 2
-    rate = flags.batch * flops_of(run.config, places) / best["plain step"]
+    rate = flags.batch * flops_of(run.config, places) / best["plain"]
     peak = next((peak for part, peak in PEAKS.items() if part in describe(device)), None)
-    share = optimizer_share(run, steps["plain step"])
+    share = optimizer_share(run, steps["plain"])
     line = f"plain step: {rate / 1e12:.3f} TFLOP/s" + (f", MFU {rate / peak:.1%}" if peak else "")
     print(f"{line}; the optimiser takes {share:.0%} of it")
 
@@ -305,10 +303,9 @@ def all_logits(denoiser, tokens, masked):
 def print_against_plain(run, flags, data):
     """A step of stage 1 as built, the same with all logits, and one of plain PyTorch."""
     torch.manual_seed(0)
-    model, scored = PlainModel(run.config).to(run.device), mdmvi.token_log_prob
-    full = all_logits
-    if flags.compile:
-        model.loss, scored, full = (torch.compile(f) for f in (model.loss, scored, full))
+    model, eager = PlainModel(run.config).to(run.device), mdmvi.token_log_prob
+    losses = (eager, all_logits, model.loss)
+    scored, full, plain = (torch.compile(f) for f in losses) if flags.compile else losses
     parts = run.args.accumulate
 
     def step_with(network, loss_of):
@@ -335,12 +332,12 @@ def print_against_plain(run, flags, data):
     steps = {
         "as built": step_with(run.denoiser, ours(scored)),
         "with all logits": step_with(run.denoiser, ours(full)),
-        "plain PyTorch": step_with(model, model.loss),
+        "plain PyTorch": step_with(model, plain),
     }
     try:
         best = in_turn(steps, run.device, flags.repeats)
     finally:
-        mdmvi.token_log_prob = scored
+        mdmvi.token_log_prob = eager
     rows = [("a step of stage 1", "ms", "tokens/s", "as built is faster by")]
     for name, s in best.items():
         rate = f"{flags.batch * flags.max_len / s:,.0f}"
@@ -414,21 +411,21 @@ def peak_bytes(run, flags, accumulate, function):
     return live.peak
 
 
-def training(stage, share):
+def training(stage):
     """For `peak_bytes`: an update, for the optimiser's state; then all that a step has in memory."""
 
-    def steps(run, data):
-        groups, total, n = train.stage_groups(run, stage)
+    def two_updates(run, data):
+        groups, steps, n = train.stage_groups(run, stage)
         optimizers, parts = train.make_optimizers(groups, run.args.optimizer), run.args.accumulate
         for part in range(2 if parts == 1 else 3):  # a third micro-batch is no more than the second
             with torch.autocast("cpu", torch.bfloat16):
-                loss, _ = train.stage_loss(run, stage, int(share * total), data, n // parts)
+                loss, _ = train.stage_loss(run, stage, data, n // parts)
             loss.backward()
             del loss
             if part != 1 or parts == 1:
-                mdmvi.update(optimizers, 500, 1000)
+                mdmvi.update(optimizers, steps // 2, steps)
 
-    return steps
+    return two_updates
 
 
 def scoring(strategy, temperature):
@@ -445,10 +442,10 @@ def scoring(strategy, temperature):
 def print_memory(run, flags):
     """Peaks of everything at this shape, and the paper's 45,000 + 15,000 steps in FLOP."""
     problems, rows = flags.batch // (PATHS + 1), [("peak, GiB", "", "accumulate 4", "8")]
-    for name, where in STEPS.items():
+    for stage in STAGES:
         parts = [n for n in (1, 4, 8) if problems % n == 0]
-        cells = [f"{peak_bytes(run, flags, n, training(*where)) / 2**30:.1f}" for n in parts]
-        rows.append((name, *cells, *[""] * (3 - len(cells))))
+        cells = [f"{peak_bytes(run, flags, n, training(stage)) / 2**30:.1f}" for n in parts]
+        rows.append((f"{stage} step", *cells, *[""] * (3 - len(cells))))
     for strategy in mdmvi.STRATEGIES:
         for temperature in (0.0, 1.0):
             peak = peak_bytes(run, flags, 1, scoring(strategy, temperature)) / 2**30

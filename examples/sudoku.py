@@ -286,7 +286,7 @@ def train_policy(denoiser, policy, data, budget, generator):
 
     def state_loss():
         hidden, reveal = train.pick(states, STATES, generator)
-        return F.binary_cross_entropy_with_logits(policy(hidden), reveal)
+        return F.binary_cross_entropy_with_logits(policy(hidden, None), reveal)
 
     def bound_loss():
         rows = train.pick(data, BOUND_BATCH, generator)

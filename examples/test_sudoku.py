@@ -299,7 +299,7 @@ def test_the_policy_learns_the_search(small):
     hidden, reveal = sudoku.states_on_the_way(denoiser, *data, 4)
 
     def loss():
-        return F.binary_cross_entropy_with_logits(policy(hidden), reveal).item()
+        return F.binary_cross_entropy_with_logits(policy(hidden, None), reveal).item()
 
     before = loss()
     sudoku.train_policy(denoiser, policy, data, 4, rng(0))

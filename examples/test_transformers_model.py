@@ -159,25 +159,28 @@ def test_training_finds_the_order_and_leaves_the_model_alone(trained):
     assert set(range(6, V)) <= set(out.tokens[:, 2].tolist())
 
 
-def test_two_fifths_of_the_steps_copy_and_the_rest_use_the_bound(trained, monkeypatch):
+def test_searched_orders_are_copied_and_then_the_bound_takes_over(trained, monkeypatch):
     losses = []
 
-    def spy(name):
+    def spy(name, tokens_at):
         loss = getattr(mdmvi, name)
 
         def call(*args):
-            losses.append((name, len(args[3])))
+            losses.append((name, len(args[tokens_at])))
             return loss(*args)
 
         monkeypatch.setattr(mdmvi, name, call)
 
-    spy("known_order_loss")
-    spy("importance_order_loss")
+    monkeypatch.setattr(transformers_model, "COPY_STEPS", 2)
+    spy("best_runs", 1)
+    spy("run_loss", 1)
+    spy("importance_order_loss", 3)
     networks = (trained, *transformers_model.make_networks(trained, 4))
     canvas = torch.tensor([False, False, True, True]).expand(100, 4)
     tokens = twins(100, torch.Generator().manual_seed(0))
-    transformers_model.learn_order(networks, tokens, canvas, 2, 5)
-    assert losses == 2 * [("known_order_loss", 64)] + 3 * [("importance_order_loss", 8)]
+    transformers_model.learn_order(networks, tokens, canvas, 2, 3)
+    assert losses[:2] == [("best_runs", 64), ("best_runs", 36)]
+    assert losses[2:] == 2 * [("run_loss", 64)] + 3 * [("importance_order_loss", 8)]
 
 
 # --------------------------------------------------------------------------------------------------

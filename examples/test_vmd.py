@@ -61,7 +61,7 @@ class Toy:
     def logits(self, hidden):
         return hidden[..., :3]
 
-    def policy(self, hidden):
+    def policy(self, hidden, masked=None):
         return hidden[..., 3]
 
     def posterior(self, tokens, canvas=None):
@@ -327,7 +327,7 @@ class ShowsLatents:
     def logits(self, hidden):
         return hidden
 
-    def policy(self, hidden):
+    def policy(self, hidden, masked=None):
         return hidden[..., 0]
 
 
@@ -394,7 +394,7 @@ def test_without_its_latent_it_is_generate_of_mdmvi(strategy, budget):
     tokens, canvas = ragged()
     tokens = tokens % 5
 
-    def policy(hidden):
+    def policy(hidden, masked):
         return (hidden[..., 0] - 0.8) * 1e6
 
     ours = vmd.generate(model, tokens, canvas, strategy, budget, policy)

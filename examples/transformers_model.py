@@ -22,7 +22,8 @@ BOTH_WAYS = {"is_causal": False, "use_cache": False}  # BERT-like models attend 
 TAU = 0.1
 BATCH = 8  # problems a step
 PATHS = 7  # paths a problem
-COPY = 0.4  # share of the training that learns from searched orders, before the bound takes over
+SEARCHED = 256  # problems whose best runs the posterior learns first
+COPY_STEPS, COPY_BATCH = 200, 64
 
 
 class TransformersDenoiser:
@@ -139,7 +140,7 @@ def make_networks(denoiser, max_len):
     model, shape = denoiser.model, (2, 4, 128, 256)  # layers, heads, width, hidden
     ids = (denoiser.mask_id, denoiser.eos_id)
     config = mdmvi.ModelConfig(model.config.vocab_size, max_len, *shape, *ids)
-    policy, posterior = mdmvi.UnmaskPolicy(model.config.hidden_size), mdmvi.RunPosterior(config)
+    policy, posterior = mdmvi.RunPolicy(model.config.hidden_size), mdmvi.RunPosterior(config)
     return policy.to(model.device), posterior.to(model.device)
 
 
@@ -148,21 +149,29 @@ def learn_order(networks, tokens, canvas, budget, steps, generator=None):
 
     tokens int64 [M, N], clean; canvas bool [M, N]. A step takes BATCH (PATHS + 1) denoiser passes.
     """
-    parts = list(zip(tokens.split(64), canvas.split(64)))
+    denoiser, policy, posterior = networks
+    parts = list(zip(tokens[:SEARCHED].split(64), canvas[:SEARCHED].split(64)))
     search = tqdm(parts, desc="search", unit="batch")
-    order = torch.cat([mdmvi.sure_prefix_order(networks[0], *part, budget) for part in search])
-    groups = mdmvi.order_groups(*networks)
+    order = torch.cat([mdmvi.best_runs(denoiser, *part, budget) for part in search])
+
+    def copy():
+        rows = torch.randint(len(order), (COPY_BATCH,), device=tokens.device, generator=generator)
+        return mdmvi.run_loss(posterior, tokens[rows], canvas[rows], order[rows])
+
+    def bound():
+        rows = torch.randint(len(tokens), (BATCH,), device=tokens.device, generator=generator)
+        data = (*networks, tokens[rows], canvas[rows], budget, TAU, PATHS, generator)
+        return mdmvi.importance_order_loss(*data)[0]
+
+    minimise(copy, mdmvi.order_groups(None, None, posterior), COPY_STEPS, "copy")
+    minimise(bound, mdmvi.order_groups(*networks), steps, "order")
+
+
+def minimise(loss_of_batch, groups, steps, label):
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.1)
-    bar = tqdm(range(steps), desc="order", unit="step", mininterval=1.0)
+    bar = tqdm(range(steps), desc=label, unit="step", mininterval=1.0)
     for step in bar:
-        copying = step < COPY * steps
-        n = BATCH * (PATHS + 1) if copying else BATCH
-        rows = torch.randint(len(tokens), (n,), device=tokens.device, generator=generator)
-        data = (*networks, tokens[rows], canvas[rows])
-        if copying:
-            loss, _ = mdmvi.known_order_loss(*data, order[rows], budget, generator)
-        else:
-            loss, _ = mdmvi.importance_order_loss(*data, budget, TAU, PATHS, generator)
+        loss = loss_of_batch()
         loss.backward()
         mdmvi.update([optimizer], step, steps)
         bar.set_postfix_str(f"loss {float(loss.detach()):.4f}", refresh=False)

@@ -192,7 +192,7 @@ def generate(
         if s == budget - 1:
             reveal = masked
         elif strategy == "learned":
-            reveal = mdmvi.choose_by_policy(policy(hidden), masked, generator)
+            reveal = mdmvi.choose_by_policy(policy(hidden, masked), masked, generator)
         else:
             reveal = mdmvi.choose_by_rule(strategy, logits, masked, budget - s, None, generator)
         drawn = mdmvi.draw_tokens(logits, temperature, generator)

@@ -244,7 +244,6 @@ def test_help_tells_the_defaults(monkeypatch, capsys):
         assert flag in shown.replace("default: ", "default ")
 
 
-@pytest.mark.xfail(strict=True, reason="plain argparse: no check of --problems, two lines")
 @pytest.mark.parametrize("args", ["--problems 0", "--problems -3", "--problems x", "--seed x"])
 def test_bad_input(monkeypatch, capsys, args):
     assert command(monkeypatch, *args.split()) == 2
@@ -252,7 +251,6 @@ def test_bad_input(monkeypatch, capsys, args):
     assert not shown.out and shown.err.count("\n") == 1 and args.split()[0] in shown.err
 
 
-@pytest.mark.xfail(strict=True, reason="traceback of a BrokenPipeError")
 def test_output_survives_a_reader_that_goes_away():
     line = [sys.executable, "-m", "examples.arithmetic", "--problems", "3000"]
     pipe = subprocess.PIPE

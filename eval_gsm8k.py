@@ -353,7 +353,7 @@ def load_checkpoint(path, device="cpu"):
     if checkpoint.get("version") != VERSION:
         raise UserError(f"checkpoint {path} was written by an older version: train again")
     for name, kind in PARTS.items():
-        if not isinstance(checkpoint.get(name), kind):
+        if name not in checkpoint or not isinstance(checkpoint[name], kind):
             raise UserError(f"checkpoint {path} is damaged (its {name} is missing): {advice}")
     return checkpoint
 
@@ -382,7 +382,7 @@ def build_models(checkpoint, device="cpu"):
     except (KeyError, TypeError, ValueError, RuntimeError, ArithmeticError, AttributeError):
         fits = False
     if not fits:
-        raise UserError("the parts of this checkpoint do not fit each other: train again")
+        raise UserError("this checkpoint is damaged, its parts do not fit each other: train again")
     for name, network in models._asdict().items():
         if network is not None:
             fill(network, checkpoint[name], f"the part {name!r}")
@@ -762,7 +762,7 @@ def main(argv=None):
         args.plot
         and Path(args.plot).suffix[1:] not in pyplot().gcf().canvas.get_supported_filetypes()
     ):
-        raise UserError(f"cannot draw {args.plot}: give a .png, .svg or .pdf")
+        raise UserError(f"cannot write {args.plot} (what kind?): give a .png, .svg or .pdf")
     rules = parse_rules(args.strategies) if args.strategies else None
     checkpoint = load_checkpoint(args.checkpoint)
     models = build_models(checkpoint, args.device)

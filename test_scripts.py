@@ -33,6 +33,7 @@ FOLDER = Path(train.__file__).resolve().parent
 GSM8K = FOLDER.parent / "shared" / "gsm8k"
 needs_gsm8k = pytest.mark.skipif(not GSM8K.is_dir(), reason="no ../shared/gsm8k")
 torch.set_num_threads(1)
+train.COPY_STEPS = 3  # enough here
 
 
 # ------------------------------------------------------------------------------------------------
@@ -313,7 +314,7 @@ def test_a_hub_name_without_network(monkeypatch, package, says):
         ({"question": "Q", "answer": None}, "answer that is no text"),
         ({"question": "Q", "answer": ["#### 5"]}, "answer that is no text"),
         (AUG | {"cot": 5}, "cot that is no text"),
-        (ROWS[0] | {"chains": 5}, "chains"),
+        (ROWS[0] | {"solutions": 5}, "solutions"),
     ],
 )
 def test_a_record_that_is_no_problem(tmp_path, row, says):
@@ -591,9 +592,9 @@ def test_catching_up():
 # ------------------------------------------------------------------------------------------------
 
 LAYOUT = ["--size", "tiny", "--max-len", "64", "--canvas-len", "24"]
-PLAIN, BASELINE, ORDER = 6, 7, 5  # steps of each stage; 2 of the last copy searched orders
+PLAIN, BASELINE, ORDER = 6, 11, 5  # steps of each stage; 6 of the baseline pay for the search
 SHORT = f"--steps {PLAIN} --batch 4 --order-steps {ORDER} --order-batch 2 --paths 2"
-SHORT = [*SHORT.split(), "--problems", "0"]
+SHORT = [*f"{SHORT} --search 4 --problems 0".split()]
 
 
 def call(script, *args):
@@ -775,7 +776,7 @@ def break_loss(monkeypatch, name, at):
 @pytest.mark.parametrize(
     "name, at, saved",
     [("mdm_loss", 4, ("plain", 3)), ("mdm_loss", PLAIN + 3, ("baseline", 2))]
-    + [("known_order_loss", 2, ("order", 1)), ("importance_order_loss", 2, ("order", 3))],
+    + [("importance_order_loss", 2, ("order", 1))],
 )
 def test_a_nan_loss_stops_before_the_checkpoint_is_touched(
     trained, tmp_path, monkeypatch, capsys, name, at, saved
@@ -850,7 +851,7 @@ def test_another_budget_starts_from_stage_1(trained, tmp_path):
     assert ours["args"]["budget"] == 3 and {r["stage"] for r in logged(tmp_path / "a")} == {"order"}
     assert all(torch.equal(ours["plain"][k], theirs["plain"][k]) for k in theirs["plain"])
     for again in ("b", "c"):  # with other flags of stage 2, and not depending on what ran before
-        more = ["--orders", "free", "--copy", 0, "--tau", 0.2, "--order-batch", 3]
+        more = ["--orders", "free", "--search", 0, "--tau", 0.2, "--order-batch", 3]
         assert call(train, *flags(trained), *more, *start, tmp_path / again) == 0
     assert alike(tmp_path / "b" / "checkpoint.pt", tmp_path / "c" / "checkpoint.pt")
 
@@ -907,26 +908,25 @@ def record(monkeypatch, *names):
     return sizes
 
 
-LOSSES = ("mdm_loss", "known_order_loss", "importance_order_loss", "order_loss")
+LOSSES = ("mdm_loss", "run_loss", "importance_order_loss", "order_loss")
 
 
 @pytest.mark.parametrize(
     "more, baseline, known, importance, uniform",
     [
-        ("", [6] * 7, [2] * 2, [2] * 3, []),
-        ("--copy 0", [6] * 5, [], [2] * 5, []),
-        ("--copy 1", [6] * 10, [2] * 5, [], []),
-        ("--estimator uniform", [4] * 8, [2] * 2, [], [2] * 3),
-        ("--estimator uniform --orders free --copy 0", [4] * 5, [], [], [2] * 5),
-        ("--accumulate 2", [3] * 14, [1] * 4, [1] * 6, []),
-        ("--order-steps 1", [6], [], [2], []),
+        ("", [6] * 11, [64] * 3, [2] * 5, []),
+        ("--search 0", [6] * 5, [], [2] * 5, []),
+        ("--estimator uniform", [4] * 13, [64] * 3, [], [2] * 5),
+        ("--estimator uniform --orders free --search 0", [4] * 5, [], [], [2] * 5),
+        ("--accumulate 2", [3] * 22, [64] * 3, [1] * 10, []),
+        ("--order-steps 1", [6] * 7, [64] * 3, [2], []),
     ],
 )
 def test_what_is_trained_on_which_flags(
     trained, tmp_path, monkeypatch, more, baseline, known, importance, uniform
 ):
-    """Problems or sequences a call. The baseline is paid for all passes of stage 2, the searches
-    of copying (8 passes a problem here, a third of a training pass each) too."""
+    """Problems or sequences a call. The baseline is paid for all passes of stage 2, the search (24
+    passes for each of 4 problems here, a third of a training pass each) too."""
     sizes = record(monkeypatch, *LOSSES)
     assert call(train, *flags(trained), *more.split(), "--out", tmp_path) == 0
     stage_1 = [2] * 12 if "accumulate" in more else [4] * 6
@@ -957,7 +957,7 @@ def few_problems(monkeypatch):
     def few(n, seed, held_out):
         return draw({60_000: 300, 256: 20}.get(n, n), seed, held_out)
 
-    monkeypatch.setattr(arithmetic, "problems", few)
+    monkeypatch.setitem(eval_gsm8k.EMBEDDED, "arithmetic", few)
 
 
 def without_speed(rows):
@@ -1154,8 +1154,7 @@ BAD = [
     (train, "--batch 6 --order-batch 4 --accumulate 3", "--accumulate 3 must divide"),
     (train, "--tau 0", "--tau must be above 0"),
     (train, "--end-lr 1.01", "--end-lr .*at most 1"),
-    (train, "--copy 1.01", "--copy at most 1"),
-    (train, "--orders free", "--orders free cannot copy .*: give --copy 0"),
+    (train, "--orders free", "--orders free cannot learn .*: give --search 0"),
     (train, "--init x", "--init needs --size 170m"),
     (train, "--data few.jsonl --out new", "few.jsonl has 9 problems: at least 10"),
     (train, f"{TRAIN} new --max-len 8 --canvas-len 4", "no problem fits: raise"),
@@ -1275,7 +1274,7 @@ def test_a_file_that_cannot_be_written_is_found_out_before_the_work(
     complaint(capsys, "cannot write")
 
 
-MAY_BE_0 = {"seed", "order_steps", "problems"}  # whole numbers
+MAY_BE_0 = {"seed", "order_steps", "search", "problems"}  # whole numbers
 
 
 @pytest.mark.parametrize("name", [f.name for f in fields(train.Args) if f.type in (int, float)])
@@ -1379,6 +1378,7 @@ def test_resuming_a_checkpoint_whose_parts_do_not_fit(trained, tmp_path, capsys,
     state = state_of(trained / "out" / "plain.pt")
     damage(state)
     torch.save(state, tmp_path / "checkpoint.pt")
+    (tmp_path / "log.jsonl").touch()
     before = contents(tmp_path)
     assert call(train, *flags(trained), "--out", tmp_path, "--resume") == 2
     complaint(capsys, "damaged|does not fit")

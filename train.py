@@ -50,9 +50,7 @@ STAGE_1 = {"answers", "size", "init", "max_len", "canvas_len"}  # may not differ
 class Args:
     """The flags of a run. The comment behind a field is its help; checkpoints keep them all."""
 
-    data: str = (
-        "arithmetic"  # or chains, made here; a .json/.jsonl(.gz/.xz) file, folder or hub name
-    )
+    data: str = "arithmetic"  # or chains; a .json/.jsonl(.gz/.xz) file, folder or hub name
     answers: str = "equations"  # with --data: "equations" are the <<...>> notes only, or "full"
     out: str = "out"  # folder for checkpoint.pt, plain.pt, log.jsonl and results.json
     resume: bool = False  # go on from OUT/checkpoint.pt

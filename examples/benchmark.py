@@ -412,7 +412,7 @@ def peak_bytes(run, flags, accumulate, function):
 
 
 def training(stage):
-    """For `peak_bytes`: an update, for the optimiser's state; then all that a step has in memory."""
+    """For `peak_bytes`: an update for the state of the optimiser, then all that a step holds."""
 
     def two_updates(run, data):
         groups, steps, n = train.stage_groups(run, stage)

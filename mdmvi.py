@@ -553,11 +553,11 @@ class RunPosterior(OrderPosterior):
     front from the left, and the gradient sharpens the cuts. Both constants are for tau = 0.1.
     """
 
-    SPACING, SHARPEN = 0.4, 2.0
+    SPACING, SHARPEN = 1.0, 2.0
 
     def __init__(self, config, n_layer=None):
         super().__init__(config, n_layer)
-        nn.init.constant_(self.score.bias, -1.7)  # rho falls to 1 / e over eight positions
+        nn.init.constant_(self.score.bias, -2.2)  # rho falls to 1 / e over eight positions
 
     def forward(self, tokens, canvas):
         cut = (self.SHARPEN * self.scores(tokens, canvas)).sigmoid().squeeze(-1)
@@ -677,11 +677,12 @@ def importance_order_loss(
     return -elbo, {"elbo": elbo.detach(), "kl": (kl / length).mean()}
 
 
-def order_groups(denoiser, policy, posterior, lr=1e-3, policy_lr=3e-3, posterior_lr=1e-3):
+def order_groups(denoiser, policy, posterior, lr=1e-3, policy_lr=1e-2, posterior_lr=1e-3):
     """Parameter groups of stage 2 for any optimiser, a network each, with its peak learning rate.
 
     "params" are pairs (name, parameter), as torch's optimisers take them. A frozen denoiser (or one
-    that is no nn.Module) has no group.
+    that is no nn.Module) has no group. The posterior waits for a policy: what the policy cannot
+    foretell yet costs KL, and an order would be given up for that before the policy knows it.
     """
     networks = {"denoiser": denoiser, "policy": policy, "posterior": posterior}
     peaks = {"denoiser": lr, "policy": policy_lr, "posterior": posterior_lr}
@@ -691,7 +692,9 @@ def order_groups(denoiser, policy, posterior, lr=1e-3, policy_lr=3e-3, posterior
         params = [(key, p) for key, p in named if p.requires_grad]
         if params:
             peak = peaks[name]
-            groups.append({"params": params, "lr": peak, "peak": peak, "network": name})
+            waits = name == "posterior" and policy is not None
+            group = {"params": params, "lr": peak, "peak": peak, "network": name}
+            groups.append({**group, "warm_up": 0.2 if waits else 0.01})
     return groups
 
 
@@ -699,8 +702,8 @@ def update(optimizers, step, steps, end=0.1):
     """One update after backward(), for groups as `order_groups` makes them, at `step` of `steps`.
 
     Each network's gradient is clipped to norm 1 by itself: the posterior's is rarely, but then by
-    far, the largest. The rate warms up over 1% of the steps and falls along a cosine to `end` of
-    its peak.
+    far, the largest. The rate warms up over the group's share of the steps and falls along a
+    cosine to `end` of its peak.
     """
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     for name in {group["network"] for group in groups}:
@@ -708,7 +711,7 @@ def update(optimizers, step, steps, end=0.1):
         nn.utils.clip_grad_norm_(params, 1.0)
     share = end + (1 - end) / 2 * (1 + math.cos(math.pi * min(1.0, step / steps)))
     for group in groups:
-        group["lr"] = group["peak"] * share * min(1.0, 100 * (step + 1) / steps)
+        group["lr"] = group["peak"] * share * min(1.0, (step + 1) / (group["warm_up"] * steps))
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -788,7 +788,8 @@ def test_update_sets_the_rate_and_clips_each_network_by_itself(step, steps, end,
     large, other, small = (torch.nn.Parameter(torch.zeros(2)) for _ in range(3))
 
     def group(parameter, peak, network):
-        return {"params": [parameter], "lr": -1.0, "peak": peak, "network": network}
+        rates = {"lr": -1.0, "peak": peak, "warm_up": 0.2 if network == "posterior" else 0.01}
+        return {"params": [parameter], "network": network, **rates}
 
     optimizers = [  # a network's weights may be in two of them
         torch.optim.SGD([group(large, 2.0, "denoiser"), group(small, 3.0, "policy")]),
@@ -806,8 +807,21 @@ def test_update_sets_the_rate_and_clips_each_network_by_itself(step, steps, end,
     assert optimizers[1].param_groups[0]["lr"] == pytest.approx(5 * share, rel=1e-3)
 
 
+def test_the_posterior_waits_for_the_policy():
+    networks = tiny_models()
+    rates = []
+    for groups in (mdmvi.order_groups(*networks), mdmvi.order_groups(None, None, networks[2])):
+        optimizer = torch.optim.SGD(groups)
+        for step in (0, 49, 99, 199):
+            for p in networks[2].parameters():
+                p.grad = torch.zeros_like(p)
+            mdmvi.update([optimizer], step, 1000, 1.0)
+            rates.append([g["lr"] / g["peak"] for g in optimizer.param_groups][-1])
+    assert rates == pytest.approx([0.005, 0.25, 0.5, 1.0, 0.1, 1.0, 1.0, 1.0])
+
+
 def test_run_posterior():
-    """log alpha falls by 0.4 times the cut, sigmoid(2 score), at each place of the canvas."""
+    """log alpha falls by SPACING times the cut, sigmoid(2 score), at each place of the canvas."""
     tokens, canvas = problems()
     posterior = randomise(mdmvi.RunPosterior(tiny_config(n_layer=2)))
     scores, log_alpha = posterior.scores(tokens, canvas), posterior(tokens, canvas)
@@ -816,7 +830,7 @@ def test_run_posterior():
         level = 0.0
         for i in range(6):
             if canvas[row, i]:
-                level += 0.4 * torch.sigmoid(2 * scores[row, i, 0]).item()
+                level += mdmvi.RunPosterior.SPACING * torch.sigmoid(2 * scores[row, i, 0]).item()
             assert log_alpha[row, i].item() == pytest.approx(-level, abs=1e-5)
 
 
@@ -889,14 +903,14 @@ def test_run_loss_is_the_cross_entropy_of_the_cuts():
 
 
 def test_a_posterior_that_has_learned_the_cuts_draws_the_order():
-    """Sure of its cuts, its levels are 0.4 times the steps: q gives the order at small tau."""
+    """Sure of its cuts, its levels are SPACING times the steps: q gives the order at small tau."""
     step = torch.tensor([[-1, 0, 0, 1, 2, 2, 2, 3], [-1, 0, 1, 1, 1, 1, 2, 2]]).repeat(200, 1)
     canvas, tokens = step >= 0, torch.zeros_like(step)
     posterior = mdmvi.RunPosterior(tiny_config())
     posterior.scores = lambda tokens, canvas: scores[:, :, None]
     scores = torch.where(step > step.roll(1, 1).clamp(min=0), 20.0, -20.0)
     log_alpha = posterior(tokens, canvas)
-    assert torch.allclose(log_alpha[canvas], -0.4 * step[canvas], atol=1e-5)
+    assert torch.allclose(log_alpha[canvas], -posterior.SPACING * step[canvas], atol=1e-5)
     masked, _ = mdmvi.draw_path(log_alpha, canvas, torch.full((400,), 2), 0.02, rng(0))
     assert torch.equal(masked, step >= 2)
 

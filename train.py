@@ -60,14 +60,14 @@ class Args:
     init: str = None  # start from smdm-170m, or a folder with SMDM .safetensors and tokenizer.json
     max_len: int = 53  # tokens in prompt and canvas together (256 for GSM8K)
     canvas_len: int = 28  # tokens in the canvas (96 for GSM8K)
-    steps: int = 4500  # stage 1: plain steps
+    steps: int = 4200  # stage 1: plain steps
     batch: int = 32  # stage 1: sequences a step
     lr: float = 6e-3  # stage 1: peak learning rate
-    order_steps: int = 1000  # stage 2: steps; the baseline sees as many sequences; 0: stage 1 only
+    order_steps: int = 600  # stage 2: steps; the baseline sees as many sequences; 0: stage 1 only
     order_batch: int = 8  # stage 2: problems a step
     paths: int = 7  # stage 2: paths a problem, K
     order_lr: float = 1e-3  # stage 2, baseline: peak rate of the denoiser; 0 leaves it frozen
-    head_lr: float = 3e-3  # stage 2: peak rate of policy and posterior
+    head_lr: float = 1e-2  # stage 2: peak rate of the policy; a tenth of it for the posterior
     search: int = 1024  # stage 2: problems whose best runs it starts from; 0: none
     budget: int = 5  # stage 2: steps of generation, T
     tau: float = 0.1  # stage 2: temperature of the posterior
@@ -306,7 +306,7 @@ def stage_groups(run, stage):
         return groups, baseline_steps(args), args.order_batch * passes(args)
     run.denoiser.requires_grad_(args.order_lr > 0)
     networks = (run.denoiser, run.policy, run.posterior)
-    groups = mdmvi.order_groups(*networks, args.order_lr, args.head_lr, args.head_lr)
+    groups = mdmvi.order_groups(*networks, args.order_lr, args.head_lr, args.head_lr / 10)
     return groups, args.order_steps, args.order_batch
 
 
@@ -425,7 +425,7 @@ def search_orders(run, data, stop):
             found.append(mdmvi.best_runs(run.denoiser, x.long(), on, args.budget))
         if stop:
             raise KeyboardInterrupt
-    groups = mdmvi.order_groups(None, None, run.posterior, posterior_lr=args.head_lr)
+    groups = mdmvi.order_groups(None, None, run.posterior, posterior_lr=args.head_lr / 3)
     optimizers = make_optimizers(groups, args.optimizer)
     for step in tqdm(range(COPY_STEPS), desc="copy", unit="step", mininterval=1.0):
         x, on, order = pick((tokens, canvas, torch.cat(found)), COPY_BATCH, run.generator)

@@ -1,19 +1,34 @@
-"""Exactness tests of mdmvi.py. Run: python -m pytest test_mdmvi.py
+"""Tests of mdmvi.py and of the scripts. Run: python -m pytest test_mdmvi.py
 
-They hold the mathematics to account on problems so small that every order, token and mask can be
-enumerated. The enumeration is written anew, in plain loops and float64, and calls nothing of
-mdmvi, so that one mistake cannot be on both sides. Random results are compared over many
-replicated rows, from fixed seeds: means within five standard errors, distributions by chi-square.
+The first part holds the mathematics to account on problems so small that every order, token and
+mask can be enumerated. The enumeration is written anew, in plain loops and float64, and calls
+nothing of mdmvi, so that one mistake cannot be on both sides. Random results are compared over
+many replicated rows, from fixed seeds: means within five standard errors, distributions by
+chi-square. The second part runs train.py, eval_gsm8k.py and sample.py: resume, tables, bad input.
 """
 
 import copy
 import functools
+import gzip
+import html.parser
+import io
 import itertools
+import json
+import lzma
 import math
 import os
+import random
+import re
 import runpy
 import shutil
+import signal
+import subprocess
+import sys
+import time
+import types
+import warnings
 from collections import Counter
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -23,7 +38,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import eval_gsm8k
 import mdmvi
+import sample
+import train
+from examples import arithmetic
 
 torch.set_num_threads(1)
 
@@ -1110,3 +1129,1445 @@ def test_the_snippet_in_the_readme_improves_the_bound(tmp_path):
     )
     assert after > before + 1.0
     print(before, after)
+
+
+# ================================================================================================
+# The scripts
+# ================================================================================================
+
+FOLDER = Path(train.__file__).resolve().parent
+GSM8K = FOLDER.parent / "shared" / "gsm8k"
+needs_gsm8k = pytest.mark.skipif(not GSM8K.is_dir(), reason="no ../shared/gsm8k")
+train.COPY_STEPS = 3  # enough here
+
+
+# ------------------------------------------------------------------------------------------------
+# Tokenizers
+# ------------------------------------------------------------------------------------------------
+
+ODD_TEXTS = [
+    "",
+    " ",
+    "  two  spaces \t and\r\nlines\n\n",
+    "日本語 € é e\u0301 ﬁ \u200d 🙂",
+    "\x00\x1c\x85\u2028\ufeff",
+    "\ud800 alone, \ud83d\ude00 a pair in halves",
+    "<<3*2=6>> <<6-1=5>> #### 5||",
+    "<<<>>>> <<>> >> << #####||| ####5 #### 5 -+*/==",
+    "12 apples and12 7 007 ٣٤ ½ x2y",
+    "Ann's (half-) price: $1,234.50!? 50%",
+]
+
+
+def small_tokenizer():
+    return eval_gsm8k.Tokenizer.build(["Ann's 12 apples cost $5 and 7 more."] * 9)
+
+
+def test_tokenizer_is_lossless():
+    tokenizer, rng = small_tokenizer(), random.Random(0)
+    texts = ODD_TEXTS + ["".join(chr(rng.randrange(0x11000)) for _ in range(40)) for _ in range(60)]
+    texts += ["".join(rng.choices([*eval_gsm8k.MARKS, " ", "a", "Ann"], k=30)) for _ in range(60)]
+    for text in texts:
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert all(0 < i < tokenizer.vocab_size for i in ids)  # neither EOS nor MASK
+
+
+def test_tokenizer_pieces():
+    tokenizer = small_tokenizer()
+    assert tokenizer.mask_id == tokenizer.vocab_size == 257 + len(tokenizer.pieces)
+    assert len(set(tokenizer.pieces)) == len(tokenizer.pieces)
+    assert len(tokenizer.encode("<<12*3=36>> <<6-1=5>> #### 5")) == 16  # digits and marks alone
+    assert len(tokenizer.encode(" apples cost")) == 2
+    again = eval_gsm8k.tokenizer_of(tokenizer.pieces)
+    assert all(again.encode(text) == tokenizer.encode(text) for text in ODD_TEXTS)
+    assert tokenizer.decode([tokenizer.eos_id, tokenizer.mask_id]) == ""
+    assert isinstance(tokenizer.decode([200, 255, 1]), str)  # bytes that are no text
+    rare = ["one of a kind"] * 4 + ["often"] * 5
+    assert " of" not in eval_gsm8k.Tokenizer.build(rare).pieces
+    few = eval_gsm8k.Tokenizer.build(["b a c"] * 9, max_pieces=len(eval_gsm8k.MARKS) + 2)
+    assert few.pieces[-2:] == [" a", " c"]  # as often as "b": in alphabetical order
+
+
+def llama_text():
+    """The text of a small tokenizer.json, of single bytes and a few merges."""
+    package = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
+    bpe = package.Tokenizer(package.models.BPE())
+    bpe.pre_tokenizer = package.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = package.decoders.ByteLevel()
+    alphabet = package.pre_tokenizers.ByteLevel.alphabet()
+    trainer = package.trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator(["Ann has 12 apples and buys 5 apples"] * 5, trainer)
+    return bpe.to_str()
+
+
+def test_llama_tokenizer():
+    tokenizer = eval_gsm8k.tokenizer_of(llama_text())
+    assert isinstance(tokenizer, eval_gsm8k.LlamaTokenizer)
+    assert (tokenizer.vocab_size, tokenizer.mask_id, tokenizer.eos_id) == (32_000, 32_000, 2)
+    for text in ODD_TEXTS:
+        if text.isprintable() and not any("\ud800" <= c <= "\udfff" for c in text):
+            assert tokenizer.decode(tokenizer.encode(text)) == text
+    with pytest.raises(eval_gsm8k.UserError, match=r"not a tokenizer\.json.*give"):
+        eval_gsm8k.LlamaTokenizer("{}")
+
+
+def test_llama_tokenizer_without_its_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(eval_gsm8k.UserError, match="pip install tokenizers"):
+        eval_gsm8k.tokenizer_of("{}")
+
+
+def test_init_takes_the_tokenizer_beside_it(tmp_path):
+    (tmp_path / "tokenizer.json").write_text(llama_text())
+    args = train.parse_args(["--size", "170m", "--init", str(tmp_path)])
+    assert isinstance(train.make_tokenizer(args, []), eval_gsm8k.LlamaTokenizer)
+
+
+# ------------------------------------------------------------------------------------------------
+# Checkers
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text, number",
+    [
+        ("#### 72", 72),
+        ("x #### $1,234.50.", 1234.5),
+        ("#### 5 apples, so #### 6.00", 6),
+        ("#### 12 of 30", 30),
+        ("#### -3", -3),
+        ("####.5", 0.5),
+        ("#### 7.", 7),
+        ("72", None),
+        ("####", None),
+        ("#### none", None),
+        ("", None),
+    ],
+)
+def test_final_number(text, number):
+    assert eval_gsm8k.final_number(text) == number
+
+
+VALUES = (
+    "48/2:24 5/20%:25 200*50%:100 12.5%*8:1 2+3*4:14 (2+3)*4:20 2-3-4:-5 8/4/2:1 -(3-5):2 "
+    "$1,200+.5:1200.5 007+1.007:8.007 3.*2:6"  # 5/20% is 5/(20/100)
+)
+NO_VALUES = "1/0 2**3 7//2 5%3 x+1 5+ [5] max(1,2) __import__('os') 1\x002 5j {5} 5:=3 5;6"
+
+
+def test_arithmetic_value():
+    for pair in VALUES.split(" "):
+        expression, _, value = pair.partition(":")
+        assert eval_gsm8k.arithmetic_value(expression) == pytest.approx(float(value)), expression
+    assert eval_gsm8k.arithmetic_value(" 5 + 5 ") == 10
+    deep = ["(" * 9999 + "5" + ")" * 9999, "-" * 99_999 + "5"]
+    for expression in [*NO_VALUES.split(" "), "", *deep]:
+        assert eval_gsm8k.arithmetic_value(expression) is None, expression
+
+
+@pytest.mark.parametrize("text", ["True", "'5'", "b'5'", "0x10", "1e999-1e999"])
+def test_what_is_no_number_has_no_arithmetic_value(text):
+    assert eval_gsm8k.arithmetic_value(text) is None
+
+
+@pytest.mark.parametrize(
+    "text, right",
+    [
+        ("<<48/2=24>> <<48+24=72>> #### 72", True),
+        ("<<10/3=3.33>> <<3.33*21.62162=72>> #### 72", True),
+        ("<<360*20%=72>> #### 72", True),
+        ("<<14.4/20%=72>> #### 72", True),
+        ("<<(2+7)*8=72>>prose <<80-8=72>>\n#### 72.00", True),
+        ("<<1/3=.33>> <<72=72>> #### 72", True),  # to the cent
+        ("<<1/3=.31>> <<72=72>> #### 72", False),
+        ("<<48/2=25>> <<47+25=72>> #### 72", False),
+        ("<<48/2=24>> <<48+24=72>> #### 70", False),
+        ("<<48/2=24>> #### 72", False),
+        ("<<48+24=72>> <<48/2=24>> #### 72", False),
+        ("<<48+24=72>>", False),
+        ("<<48+24>> #### 72", False),
+        ("<<>> #### 72", False),
+        ("#### 72", False),
+        ("<<1/0=72>> #### 72", False),
+        ("<<__import__('os')=72>> #### 72", False),
+        ("<<1e999-1e999=72>> #### 72", False),
+    ],
+)
+def test_solves_equations(text, right):
+    assert eval_gsm8k.solves_equations(text, "prose #### 72") == right
+    assert not eval_gsm8k.solves_equations(text, "#### 73")
+    assert not eval_gsm8k.solves_equations(text, "no answer")
+
+
+def test_a_strange_note_gives_no_warning():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert eval_gsm8k.arithmetic_value("5or 3") is None
+    assert not caught
+
+
+# ------------------------------------------------------------------------------------------------
+# Data files
+# ------------------------------------------------------------------------------------------------
+
+ROWS = [
+    {
+        "question": f"Ann has {a} pens in box {chr(63 + a)}{chr(63 + b)} and buys {b}. How many?",
+        "answer": f"She has <<{a}+{b}={a + b}>>{a + b}.\n#### {a + b}",
+    }
+    for a in range(2, 9)
+    for b in range(2, 9)
+]
+AUG = {"question": "Q", "cot": "<<2+3=5>> <<5*2=10>>", "answer": "10"}
+OPENERS = {".gz": gzip.open, ".xz": lzma.open}
+
+
+def put_rows(path, rows):
+    """Write JSON lines, packed as the name says; returns the path as text."""
+    with OPENERS.get(path.suffix, open)(path, "wt", encoding="utf-8") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_data_files_of_both_layouts(tmp_path):
+    expected = eval_gsm8k.load_gsm8k(put_rows(tmp_path / "a.jsonl", ROWS))
+    assert expected[0] == {
+        "question": ROWS[0]["question"],
+        "answer": "<<2+2=4>> #### 4",
+        "reference": "#### 4",
+    }
+    full = eval_gsm8k.load_gsm8k(str(tmp_path / "a.jsonl"), "full")
+    assert [p["answer"] for p in full] == [row["answer"] for row in ROWS]
+    assert [p["reference"] for p in full] == [p["reference"] for p in expected]
+    for answer in ("10", 10):
+        path = put_rows(tmp_path / "aug.jsonl", [AUG | {"answer": answer}])
+        assert eval_gsm8k.load_gsm8k(path)[0]["answer"] == "<<2+3=5>> <<5*2=10>> #### 10"
+    for name in ("b.json", "b.json.gz", "b.json.xz", "b.jsonl.gz", "b.jsonl.xz"):
+        assert eval_gsm8k.load_gsm8k(put_rows(tmp_path / name, ROWS)) == expected
+    (tmp_path / "array.json").write_text("\n" + json.dumps(ROWS, indent=1))
+    assert eval_gsm8k.load_gsm8k(str(tmp_path / "array.json")) == expected
+    (tmp_path / "gaps.jsonl").write_bytes("\r\n\r\n".join(json.dumps(row) for row in ROWS).encode())
+    assert eval_gsm8k.load_gsm8k(str(tmp_path / "gaps.jsonl")) == expected
+
+
+def test_a_folder_of_data_files(tmp_path):
+    put_rows(tmp_path / "b.json.xz", ROWS[2:])
+    put_rows(tmp_path / "a.jsonl.gz", ROWS[:2])
+    (tmp_path / "README.md").write_text("not data")
+    found = eval_gsm8k.load_gsm8k(str(tmp_path))
+    assert [p["question"] for p in found] == [row["question"] for row in ROWS]
+
+
+@pytest.mark.parametrize("name, subset", [("openai/gsm8k", "main"), ("zen-E/GSM8k-Aug", None)])
+def test_a_hub_name(monkeypatch, name, subset):
+    asked, rows = [], [AUG] if subset is None else ROWS
+
+    def load_dataset(*args, **options):
+        asked.append((args, options))
+        return rows
+
+    fake = types.SimpleNamespace(load_dataset=load_dataset)
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    found = eval_gsm8k.load_gsm8k(name, split="test")
+    assert asked == [((name, subset), {"split": "test"})]
+    assert [p["question"] for p in found] == [row["question"] for row in rows]
+
+
+def no_network(reason="no route\nto the hub"):
+    """A stand-in for the package datasets on a machine that is offline."""
+
+    def load_dataset(*args, **options):
+        raise ConnectionError(reason)
+
+    return types.SimpleNamespace(load_dataset=load_dataset)
+
+
+@pytest.mark.parametrize(
+    "package, says",
+    [
+        (
+            no_network(),
+            r"cannot load a/b from the hub \(ConnectionError: no route to the hub\): go online",
+        ),
+        (None, "pip install datasets"),
+        (no_network(""), "go online"),
+    ],
+)
+def test_a_hub_name_without_network(monkeypatch, package, says):
+    monkeypatch.setitem(sys.modules, "datasets", package)
+    with pytest.raises(eval_gsm8k.UserError, match=says):
+        eval_gsm8k.load_gsm8k("a/b")
+
+
+@pytest.mark.parametrize(
+    "row, says",
+    [
+        ({"question": "Q", "answer": "5"}, "no final answer"),
+        ({"question": "Q", "answer": "<<2+3=5>>5"}, "no final answer"),
+        ({"question": "Q", "answer": "five ####"}, "answer"),
+        ({"question": "Q", "answer": "#### none"}, "answer"),
+        (AUG | {"answer": ""}, "answer"),
+        ({"question": "Q", "cot": "", "answer": True}, "answer"),
+        ({"question": "Q"}, "no columns question and answer"),
+        ({"answer": "#### 5"}, "no columns question and answer"),
+        (["Q", "#### 5"], "no columns question and answer"),
+        (5, "no columns question and answer"),
+        ({"question": 5, "answer": "#### 5"}, "question that is no text"),
+        ({"question": "Q", "answer": None}, "answer that is no text"),
+        ({"question": "Q", "answer": ["#### 5"]}, "answer that is no text"),
+        (AUG | {"cot": 5}, "cot that is no text"),
+        (ROWS[0] | {"solutions": 5}, "solutions"),
+    ],
+)
+def test_a_record_that_is_no_problem(tmp_path, row, says):
+    path = put_rows(tmp_path / "a.jsonl", [ROWS[0], row])
+    with pytest.raises(eval_gsm8k.UserError, match=rf"a\.jsonl line 2 .*{says}.*: "):
+        eval_gsm8k.load_gsm8k(path)
+    (tmp_path / "a.json").write_text(json.dumps([ROWS[0], row]))
+    with pytest.raises(eval_gsm8k.UserError, match=rf"a\.json record 2 .*{says}.*: "):
+        eval_gsm8k.load_gsm8k(str(tmp_path / "a.json"))
+
+
+@needs_gsm8k
+@pytest.mark.parametrize("name, rows, unsolved", [("test", 1319, 111), ("train", 7473, 474)])
+def test_real_gsm8k_files(name, rows, unsolved):
+    problems = eval_gsm8k.load_gsm8k(str(GSM8K / f"{name}.jsonl"))
+    assert len(problems) == rows
+    for p in problems:
+        assert eval_gsm8k.final_number(p["reference"]) is not None
+        assert eval_gsm8k.is_answered(p["answer"], p)
+    # some have no note at all, or none for their last step
+    assert sum(not eval_gsm8k.is_solved(p["answer"], p) for p in problems) == unsolved
+    tokenizer = small_tokenizer()
+    for p in problems[::100]:
+        text = p["question"] + eval_gsm8k.SEPARATOR + p["answer"]
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@needs_gsm8k
+def test_real_augmented_file(tmp_path):
+    with lzma.open(GSM8K / "train_aug.jsonl.xz", "rt", encoding="utf-8") as file:
+        lines = file.read().strip().split("\n")
+    assert len(lines) == 308_530
+    (tmp_path / "some.jsonl").write_text("\n".join(lines[::200]))
+    for p in eval_gsm8k.load_gsm8k(str(tmp_path / "some.jsonl")):
+        assert eval_gsm8k.solves_equations(p["answer"], p["reference"])
+
+
+def test_variants_of_a_test_problem_are_not_trained_on(tmp_path):
+    asked = itertools.product("abcdefghijklmnopqrst", range(2, 5))
+    rows = [{"question": f"Ann {name} {n}", "answer": f"#### {n}"} for name, n in asked]
+    args = train.parse_args(["--data", put_rows(tmp_path / "a.jsonl", rows)])
+    training, held_out = train.load_problems(args)
+    words = [{re.sub("[0-9]", "", p["question"]) for p in part} for part in (training, held_out)]
+    assert len(held_out) == 6 and not words[0] & words[1]
+    assert train.load_problems(args) == (training, held_out)
+
+
+# ------------------------------------------------------------------------------------------------
+# Problems as tensors
+# ------------------------------------------------------------------------------------------------
+
+
+def test_problems_as_tensors_and_back():
+    tokenizer = small_tokenizer()
+    problems = [{"question": q, "answer": a} for q, a in (("Ann", "5"), ("x" * 9, ""), ("", "77"))]
+    tokens, canvas, fits = eval_gsm8k.encode_problems(problems, tokenizer, 14, 3)
+    blank, same_canvas, _ = eval_gsm8k.encode_problems(problems, tokenizer, 14, 3, False)
+    assert fits == [True, True, True] and torch.equal(canvas, same_canvas)
+    assert tokens.shape == canvas.shape == (3, 14) and canvas.sum(1).tolist() == [3, 3, 3]
+    for problem, row, on, without in zip(problems, tokens, canvas, blank):
+        prompt = tokenizer.encode(problem["question"] + "||")
+        answer = tokenizer.encode(problem["answer"])
+        filled = prompt + answer
+        assert row.tolist() == filled + [tokenizer.eos_id] * (14 - len(filled))
+        assert without.tolist() == prompt + [tokenizer.eos_id] * (14 - len(prompt))
+        assert on.nonzero().flatten().tolist() == [len(prompt) + i for i in range(3)]
+        assert eval_gsm8k.answer_text(tokenizer, row, on) == problem["answer"]
+    row = torch.tensor(tokenizer.encode("||5") + [tokenizer.eos_id] + tokenizer.encode("7"))
+    assert eval_gsm8k.answer_text(tokenizer, row, torch.arange(4) > 0) == "5"  # up to the first EOS
+
+
+def test_problems_that_do_not_fit():
+    tokenizer = small_tokenizer()
+    problems = [{"question": q, "answer": a} for q, a in (("x" * 10, "5"), ("x" * 9, "5678"))]
+    tokens, canvas, fits = eval_gsm8k.encode_problems(problems, tokenizer, 13, 3)
+    assert fits == [False, False] and not canvas.any() and (tokens == tokenizer.eos_id).all()
+    _, canvas, fits = eval_gsm8k.encode_problems(problems, tokenizer, 13, 3, with_answers=False)
+    assert fits == [False, True] and canvas.sum(1).tolist() == [0, 3]
+
+
+# ------------------------------------------------------------------------------------------------
+# Statistics and the table
+# ------------------------------------------------------------------------------------------------
+
+
+def slow_wilson(right, n, z=1.96):
+    """The shares that lie within z standard errors of the one seen, in percent, by bisection."""
+
+    def bound(far, seen):
+        for _ in range(60):
+            middle = (far + seen) / 2
+            inside = abs(right / n - middle) <= z * math.sqrt(middle * (1 - middle) / n)
+            far, seen = (far, middle) if inside else (middle, seen)
+        return 100 * seen
+
+    return bound(0.0, right / n), bound(1.0, right / n)
+
+
+@pytest.mark.parametrize("n", [1, 2, 10, 500])
+def test_wilson(n):
+    for right in range(0, n + 1, max(1, n // 20)):
+        assert eval_gsm8k.wilson(right, n) == pytest.approx(slow_wilson(right, n), abs=1e-6)
+    assert eval_gsm8k.wilson(8, 10) == pytest.approx((49.02, 94.33), abs=0.01)
+
+
+def slow_mcnemar(first, second):
+    """Share of the sign patterns of the pairs that differ which are as uneven as the one seen."""
+    signs = [a - b for a, b in zip(first, second) if a != b]
+    patterns = list(itertools.product((-1, 1), repeat=len(signs)))
+    return sum(abs(sum(p)) >= abs(sum(signs)) for p in patterns) / len(patterns)
+
+
+def test_mcnemar():
+    rng = random.Random(0)
+    for n in (1, 2, 5, 12, 16):
+        for _ in range(5):
+            first, second = ([rng.random() < p for _ in range(n)] for p in (0.8, 0.3))
+            expected = slow_mcnemar(first, second)
+            assert eval_gsm8k.mcnemar(first, second) == pytest.approx(expected)
+            assert eval_gsm8k.mcnemar(second, first) == pytest.approx(expected)
+    assert eval_gsm8k.mcnemar([True] * 9, [True] * 9) == 1.0
+    assert eval_gsm8k.mcnemar([True] * 3000, [False] * 3000) == 0.0  # too small for a float
+
+
+@pytest.mark.parametrize(
+    "p, text",
+    [(None, ""), (1.0, "1.000"), (0.0316, "0.032"), (0.00099, "9.9e-04"), (1e-10, "1.0e-10")]
+    + [(0.99e-10, "< 1e-10"), (0.0, "< 1e-10")],
+)
+def test_p_text(p, text):
+    assert eval_gsm8k.p_text(p) == text
+
+
+class FakeRun:
+    """Attempts with known outcomes. `right` tells how many of 4 answers a denoiser gets right."""
+
+    def __init__(self, learned_steps, right):
+        self.learned_steps, self.right, self.calls = learned_steps, right, []
+
+    def __call__(self, strategy, budget, denoiser, **options):
+        self.calls.append((strategy, budget, denoiser, options))
+        steps = self.learned_steps if strategy == "learned" else [budget] * 4
+        answered, solved = (
+            [i < n for i in range(4)] for n in self.right.get((strategy, denoiser), (3, 2))
+        )
+        return {"answered": answered, "solved": solved, "steps": steps, "seconds": 2.0}
+
+
+def fake_score(run, rules, sweep=(), budgets=(9,), policy="policy", plain="plain"):
+    models = eval_gsm8k.Models("order", policy, "posterior", plain)
+    seen = []
+    rows, learned = eval_gsm8k.score(run, models, budgets, rules, sweep, seen.append)
+    assert seen == [row for row in rows if row["method"] != "learned"]
+    return rows, learned
+
+
+@pytest.mark.parametrize(
+    "steps, avg, most",
+    [
+        ([2, 2, 2, 3], 3, 3),  # 2.25
+        ([1, 2, 3, 9], 4, 9),  # 3.75
+        ([2, 2, 2, 2], 2, 2),
+        ([1, 2, 4, 5], 3, 5),  # 3 exactly
+        ([0, 0, 2, 3], 3, 3),  # two problems did not fit
+        ([0, 0, 0, 0], 1, 1),
+    ],
+)
+def test_rules_get_the_average_steps_rounded_up_and_the_most(steps, avg, most):
+    run = FakeRun(steps, {})
+    rows, learned = fake_score(run, [("iid", False), ("entropy", True)], sweep=(1, 7))
+    about = [(row["method"], row["match"], row["budget"], row["max_steps"]) for row in rows]
+    assert about == [
+        ("learned", "", 9, max(steps)),
+        *((rule, "@Avg", 9, avg) for rule in ("iid", "entropy+eos")),
+        *((rule, "@Max", 9, most) for rule in ("iid", "entropy+eos")),
+        *((rule, "sweep", n, n) for n in (1, 7) for rule in ("iid", "entropy+eos")),
+    ]
+    assert learned[9]["steps"] == steps and run.calls[0][3] == {"policy": "policy"}
+    assert [row["p_answered"] is None for row in rows] == [True, *[False] * 4, *[True] * 4]
+    taken = [n for n in steps if n] or [0]
+    assert rows[0]["average_steps"] == sum(taken) / len(taken)
+    assert rows[0]["min_steps"] == min(taken) and rows[0]["problems_per_second"] == 2.0
+    assert len({done[:3] for done in run.calls}) == len(run.calls)  # nothing twice
+
+
+@pytest.mark.parametrize(
+    "order, plain, better",
+    [((3, 1), (2, 2), "order"), ((2, 2), (3, 1), "plain"), ((2, 1), (2, 2), "plain")]
+    + [((2, 2), (2, 1), "order")],
+)
+def test_the_better_of_two_models_is_chosen_by_answers(order, plain, better):
+    rules = {("iid", "order"): order, ("iid", "plain"): plain, ("learned", "order"): (4, 0)}
+    rows, _ = fake_score(FakeRun([2] * 4, rules), [("iid", False)])
+    right = order if better == "order" else plain
+    for row in rows[1:]:
+        assert (row["model"], 4 * row["answered"], 4 * row["solved"]) == (better, *right)
+        assert row["p_answered"] == slow_mcnemar([True] * (4 - right[0]), [False] * (4 - right[0]))
+        assert row["p_solved"] == slow_mcnemar([True] * right[1], [False] * right[1])
+
+
+def test_scores_of_one_model():
+    rows, learned = fake_score(FakeRun([], {}), [("iid", False)], (), (2, 5), None, None)
+    about = [(row["method"], row["budget"], row["max_steps"], row["match"]) for row in rows]
+    assert about == [("iid", 2, 2, ""), ("iid", 5, 5, "")]
+    assert not learned and {r["model"] for r in rows} == {"plain"}
+    rows, _ = fake_score(FakeRun([2] * 4, {}), [("iid", False)], plain=None)
+    assert {r["model"] for r in rows} == {"order"}
+
+
+def test_strategy_names():
+    rules = eval_gsm8k.all_rules()
+    names = [eval_gsm8k.rule_name(*rule) for rule in rules]
+    assert eval_gsm8k.parse_rules(names) == rules and len(set(names)) == len(names) == 11
+    assert "learned" not in names and "top_prob+eos" in names and "iid+eos" not in names
+
+
+def table_cells(line):
+    return re.split(r"  +", line.strip())
+
+
+def expected_cells(row):
+    """What the table should say of a row of --json."""
+    cells = [f"{row['method']} {row['match']}".strip(), str(row["budget"]), row["model"]]
+    cells += [f"{row['average_steps']:.2f}", f"[{row['min_steps']}, {row['max_steps']}]"]
+    for key in ("answered", "solved"):
+        low, high = slow_wilson(round(row[key] * row["problems"]), row["problems"])
+        cells.append(f"{100 * row[key]:.1f} [{low:.1f}, {high:.1f}]")
+        cells += [] if row["p_" + key] is None else [eval_gsm8k.p_text(row["p_" + key])]
+    return cells
+
+
+def test_table():
+    run = FakeRun([1, 2, 3, 9], {("iid", "order"): (1, 4)})
+    rows, _ = fake_score(run, [("iid", False), ("top_prob_margin", True)], (1,))
+    lines = eval_gsm8k.table(rows).split("\n")
+    assert table_cells(lines[0])[:5] == ["method", "T", "model", "steps", "[min, max]"]
+    assert [table_cells(line) for line in lines[1:]] == [expected_cells(row) for row in rows]
+    starts = {line.index("[") for line in lines}
+    assert len(starts) == 1  # the columns are aligned
+    assert eval_gsm8k.table(rows).isascii() and not any(line.endswith(" ") for line in lines)
+
+
+def test_by_length():
+    problems = [{"answer": "<<a>>" * n} for n in (2, 1, 2, 0)]
+    steps, answered, solved = [3, 1, 4, 1], [True, True, False, True], [False, True, False, False]
+    result = {"steps": steps, "answered": answered, "solved": solved, "texts": [], "seconds": 1}
+    lines = eval_gsm8k.by_length(problems, result).split("\n")[1:]
+    assert [table_cells(line) for line in lines] == [
+        ["0", "1", "1.00", "100.0", "0.0"],
+        ["1", "1", "1.00", "100.0", "100.0"],
+        ["2", "2", "3.50", "50.0", "0.0"],
+    ]
+
+
+def test_catching_up():
+    def row(method, match, budget, steps, answered):
+        about = {"method": method, "match": match, "budget": budget}
+        return about | {"average_steps": steps, "answered": answered}
+
+    rows = [row("learned", "", 5, 2.5, 0.5), row("learned", "", 9, 4.5, 0.7)]
+    rows += [row("iid", "@Avg", 5, 3.0, 0.9)]  # no row of the sweep
+    rows += [row("iid", "sweep", *n) for n in ((1, 1.0, 0.3), (2, 2.0, 0.5), (8, 8.0, 0.6))]
+    rows += [row("threshold", "sweep", *n) for n in ((1, 1.0, 0.3), (8, 5.25, 0.8))]
+    lines = eval_gsm8k.catching_up(rows).split("\n")[1:]
+    assert [table_cells(line) for line in lines] == [
+        ["iid", "5", "2.00", "2.50"],
+        ["threshold", "5", "5.25", "2.50"],
+        ["iid", "9", "not in 8", "4.50"],
+        ["threshold", "9", "5.25", "4.50"],
+    ]
+
+
+# ------------------------------------------------------------------------------------------------
+# train.py
+# ------------------------------------------------------------------------------------------------
+
+LAYOUT = ["--size", "tiny", "--max-len", "64", "--canvas-len", "24"]
+PLAIN, BASELINE, ORDER = 6, 11, 5  # steps of each stage; 6 of the baseline pay for the search
+SHORT = f"--steps {PLAIN} --batch 4 --order-steps {ORDER} --order-batch 2 --paths 2"
+SHORT = [*f"{SHORT} --search 4 --problems 0".split()]
+
+
+def call(script, *args):
+    """Run a script's main in this process; returns its exit code."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        eval_gsm8k.run_main(lambda: script.main([str(arg) for arg in args]))
+    except SystemExit as stop:
+        return stop.code
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    return 0
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with data.jsonl, a tiny run in out/, and one of stage 1 only in stage_1/."""
+    folder = tmp_path_factory.mktemp("trained")
+    put_rows(folder / "data.jsonl", ROWS)
+    assert call(train, *flags(folder), "--out", folder / "out") == 0
+    assert call(train, *flags(folder), "--order-steps", 0, "--out", folder / "stage_1") == 0
+    return folder
+
+
+def flags(folder):
+    return ["--data", folder / "data.jsonl", *LAYOUT, *SHORT]
+
+
+def state_of(path):
+    return torch.load(path, weights_only=True)
+
+
+def leaves(state, prefix=""):
+    """Every tensor and number of a checkpoint, by its path."""
+    if isinstance(state, (dict, list, tuple)):
+        items = state.items() if isinstance(state, dict) else enumerate(state)
+        for key, value in items:
+            yield from leaves(value, f"{prefix}.{key}")
+    else:
+        yield prefix, state
+
+
+def alike(first, second, but=("out", "resume", "start", "compile")):
+    """Are two checkpoints equal bit for bit, apart from flags that do not matter?"""
+    first, second = (dict(leaves(state_of(path))) for path in (first, second))
+    if first.keys() != second.keys():
+        return False
+    for key, value in first.items():
+        if isinstance(value, torch.Tensor):
+            if not torch.equal(value, second[key]):
+                return False
+        elif value != second[key] and key not in {f".args.{name}" for name in but}:
+            return False
+    return True
+
+
+def logged(folder):
+    return [json.loads(line) for line in open(folder / "log.jsonl")]
+
+
+def test_a_run_leaves_its_files(trained):
+    out = trained / "out"
+    assert sorted(p.name for p in out.iterdir()) == ["checkpoint.pt", "log.jsonl", "plain.pt"]
+    assert [(row["stage"], row["step"]) for row in logged(out)] == [
+        ("plain", PLAIN),
+        ("baseline", BASELINE),
+        ("order", ORDER),
+    ]
+    last, before = state_of(out / "checkpoint.pt"), state_of(out / "plain.pt")
+    assert (last["stage"], before["stage"], before["step"]) == ("done", "order", 0)
+    assert all(torch.equal(last["plain"][k], before["plain"][k]) for k in last["plain"])
+    for name in ("denoiser", "policy", "posterior"):
+        assert any(not torch.equal(last[name][k], before[name][k]) for k in last[name])
+    assert any(not torch.equal(before["plain"][k], before["denoiser"][k]) for k in before["plain"])
+
+
+def interrupt(monkeypatch, at):
+    """Ctrl-C in the training step with this number. Returns the steps begun."""
+    begun, step = [], train.train_step
+
+    def interrupted(*args):
+        begun.append(1)
+        if len(begun) == at:
+            signal.raise_signal(signal.SIGINT)
+        return step(*args)
+
+    monkeypatch.setattr(train, "train_step", interrupted)
+    return begun
+
+
+@pytest.mark.parametrize("at", [1, PLAIN, 9, 13, 14, 17])
+def test_ctrl_c_saves_and_resuming_equals_not_having_stopped(
+    trained, tmp_path, monkeypatch, capsys, at
+):
+    begun = interrupt(monkeypatch, at)
+    assert call(train, *flags(trained), "--out", tmp_path) == 130
+    assert re.search(r"^stopped .* --resume$", capsys.readouterr().err, re.MULTILINE)
+    assert len(begun) == at  # the step is finished, no other is begun
+    with open(tmp_path / "log.jsonl", "a") as file:  # what a kill after the last save would leave
+        file.write('{"stage": "order", "step": 5, "loss": 1.0}\n{"stage": "or')
+    assert call(train, *flags(trained), "--out", tmp_path, "--resume") == 0
+    assert alike(tmp_path / "checkpoint.pt", trained / "out" / "checkpoint.pt")
+    assert alike(tmp_path / "plain.pt", trained / "out" / "plain.pt")
+    places = [(train.STAGES.index(row["stage"]), row["step"]) for row in logged(tmp_path)]
+    assert places == sorted(set(places)) and "elbo" in logged(tmp_path)[-1]
+
+
+def test_a_second_ctrl_c_stops_at_once(trained, tmp_path, monkeypatch):
+    def twice(*args):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(train, "train_step", twice)
+    assert call(train, *flags(trained), "--out", tmp_path) == 130
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
+def test_resuming_a_run_that_is_done_changes_nothing(trained, tmp_path, capsys):
+    for file in (trained / "out").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    log = (tmp_path / "log.jsonl").read_text()
+    assert call(train, *flags(trained), "--out", tmp_path, "--resume") == 0
+    assert "ELBO at T=5" in capsys.readouterr().out
+    assert alike(tmp_path / "checkpoint.pt", trained / "out" / "checkpoint.pt")
+    assert (tmp_path / "log.jsonl").read_text() == log
+
+
+def test_a_fresh_run_begins_a_fresh_log(trained, tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"stage": "plain", "step": 20, "loss": 1.0}\n')
+    assert call(train, *flags(trained), "--order-steps", 0, "--out", tmp_path) == 0
+    assert [row["step"] for row in logged(tmp_path)] == [PLAIN]
+
+
+def test_the_seed_decides(trained, tmp_path):
+    same_seed, other_seed = tmp_path / "a", tmp_path / "b"
+    assert call(train, *flags(trained), "--out", same_seed) == 0
+    assert call(train, *flags(trained), "--out", other_seed, "--seed", 1) == 0
+    assert alike(same_seed / "checkpoint.pt", trained / "out" / "checkpoint.pt")
+    assert not alike(
+        other_seed / "checkpoint.pt", trained / "out" / "checkpoint.pt", ("out", "seed")
+    )
+
+
+@pytest.mark.skipif("SLOW" not in os.environ, reason="twenty kills take minutes: set SLOW=1")
+def test_twenty_kills_at_random_moments(trained, tmp_path):
+    line = [sys.executable, "train.py", *map(str, flags(trained)), "--steps", "300"]
+    line += ["--order-steps", "100", "--out", str(tmp_path)]
+    rng, nothing = random.Random(0), subprocess.DEVNULL
+    for _ in range(20):
+        resume = ["--resume"] if (tmp_path / "checkpoint.pt").exists() else []
+        process = subprocess.Popen(line + resume, cwd=FOLDER, stdout=nothing, stderr=nothing)
+        time.sleep(rng.uniform(1, 9))
+        process.kill()
+        process.wait()
+        if (tmp_path / "checkpoint.pt").exists():
+            eval_gsm8k.load_checkpoint(tmp_path / "checkpoint.pt")
+    resume = ["--resume"] if (tmp_path / "checkpoint.pt").exists() else []
+    assert subprocess.run(line + resume, cwd=FOLDER, check=False).returncode == 0
+    straight = [*line[2:-1], tmp_path / "straight"]
+    assert call(train, *straight) == 0
+    assert alike(tmp_path / "checkpoint.pt", tmp_path / "straight" / "checkpoint.pt")
+
+
+def break_loss(monkeypatch, name, at):
+    """Make the loss of this name NaN at its call number `at`."""
+    loss, calls = getattr(mdmvi, name), []
+
+    def broken(*args):
+        calls.append(1)
+        factor = math.nan if len(calls) == at else 1.0
+        result = loss(*args)
+        if isinstance(result, tuple):
+            return result[0] * factor, result[1]
+        return result * factor
+
+    monkeypatch.setattr(mdmvi, name, broken)
+
+
+@pytest.mark.parametrize(
+    "name, at, saved",
+    [("mdm_loss", 4, ("plain", 3)), ("mdm_loss", PLAIN + 3, ("baseline", 2))]
+    + [("importance_order_loss", 2, ("order", 1))],
+)
+def test_a_nan_loss_stops_before_the_checkpoint_is_touched(
+    trained, tmp_path, monkeypatch, capsys, name, at, saved
+):
+    break_loss(monkeypatch, name, at)
+    monkeypatch.setattr(train, "SAVE_COST", 1e9)  # save after each step
+    assert call(train, *flags(trained), "--out", tmp_path) == 2
+    assert "; lower the learning rate\n" in capsys.readouterr().err
+    state = state_of(tmp_path / "checkpoint.pt")
+    assert (state["stage"], state["step"]) == saved
+    weights = [x for _, x in leaves(state) if isinstance(x, torch.Tensor)]
+    assert all(x.isfinite().all() for x in weights if x.is_floating_point())
+
+
+def test_the_message_of_a_nan_loss_has_a_line_of_its_own(trained, tmp_path, monkeypatch, capsys):
+    break_loss(monkeypatch, "mdm_loss", 4)
+    assert call(train, *flags(trained), "--out", tmp_path) == 2
+    complaint(capsys, "loss is nan at plain step")
+
+
+def test_checkpoints_are_written_beside_and_renamed(trained, tmp_path, monkeypatch):
+    written, moved, save, replace = [], [], torch.save, os.replace
+
+    def watched_save(state, path):
+        written.append(Path(path).name)
+        save(state, path)
+
+    def watched_replace(source, target):
+        moved.append((Path(source).name, Path(target).name))
+        replace(source, target)
+
+    monkeypatch.setattr(torch, "save", watched_save)
+    monkeypatch.setattr(os, "replace", watched_replace)
+    assert call(train, *flags(trained), "--out", tmp_path) == 0
+    assert set(written) == {"checkpoint.pt.tmp", "plain.pt.tmp"}
+    assert moved == [(name, name.removesuffix(".tmp")) for name in written]
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_full_disk(trained, tmp_path, monkeypatch, capsys):
+    def full(state, path):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    assert call(train, *flags(trained), "--out", tmp_path) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
+class Bomb:
+    """A pickle that makes a folder when it is loaded carelessly."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_a_checkpoint_cannot_run_code(tmp_path):
+    torch.save({"program": "mdmvi", "bomb": Bomb(tmp_path / "gone off")}, tmp_path / "bad.pt")
+    with pytest.raises(eval_gsm8k.UserError, match="damaged or not a checkpoint"):
+        eval_gsm8k.load_checkpoint(tmp_path / "bad.pt")
+    assert not (tmp_path / "gone off").exists()
+
+
+def test_another_budget_starts_from_stage_1(trained, tmp_path):
+    start = ["--start", trained / "out" / "plain.pt", "--out"]
+    assert call(train, *flags(trained), "--budget", 3, *start, tmp_path / "a") == 0
+    ours, theirs = (state_of(d / "checkpoint.pt") for d in (tmp_path / "a", trained / "out"))
+    assert ours["args"]["budget"] == 3 and {r["stage"] for r in logged(tmp_path / "a")} == {"order"}
+    assert all(torch.equal(ours["plain"][k], theirs["plain"][k]) for k in theirs["plain"])
+    for again in ("b", "c"):  # with other flags of stage 2, and not depending on what ran before
+        more = ["--orders", "free", "--search", 0, "--tau", 0.2, "--order-batch", 3]
+        assert call(train, *flags(trained), *more, *start, tmp_path / again) == 0
+    assert alike(tmp_path / "b" / "checkpoint.pt", tmp_path / "c" / "checkpoint.pt")
+
+
+def test_another_seed_for_stage_2_of_the_embedded_task(tmp_path, few_problems):
+    short = [*SHORT, *["--size", "tiny", "--steps", "1", "--order-steps", "2"]]
+    assert call(train, *short, "--out", tmp_path / "a") == 0
+    start = ["--start", tmp_path / "a" / "plain.pt", "--seed", 1, "--out", tmp_path / "b"]
+    assert call(train, *short, *start) == 0
+
+
+def test_a_frozen_denoiser_is_its_own_baseline(trained, tmp_path, capsys):
+    assert call(train, *flags(trained), "--order-lr", 0, "--out", tmp_path) == 0
+    before, after = (state_of(tmp_path / name) for name in ("plain.pt", "checkpoint.pt"))
+    assert before["plain"] is after["plain"] is None
+    assert all(torch.equal(before["denoiser"][k], after["denoiser"][k]) for k in after["denoiser"])
+    for name in ("policy", "posterior"):
+        assert any(not torch.equal(before[name][k], after[name][k]) for k in after[name])
+    assert [row["stage"] for row in logged(tmp_path)] == ["plain", "order"]
+    assert "plain model" not in capsys.readouterr().out
+
+
+def test_stage_1_only(trained, capsys):
+    out = trained / "stage_1"
+    assert sorted(p.name for p in out.iterdir()) == ["checkpoint.pt", "log.jsonl"]
+    assert {row["stage"] for row in logged(out)} == {"plain"}
+    data = ["--data", trained / "data.jsonl", "--problems", 3]
+    checkpoint = ["--checkpoint", out / "checkpoint.pt"]
+    assert call(eval_gsm8k, *checkpoint, *data, "--budget", 2, 4, "--strategies", "iid") == 0
+    printed = capsys.readouterr().out
+    assert "learned order" not in printed and printed.count("\niid") == 2
+    assert call(sample, "Ann has 2 pens.", *checkpoint, "--strategy", "iid") == 0
+
+
+def test_a_table_of_stage_1_only(trained, tmp_path, capsys):
+    args = "--order-steps", 0, "--problems", 3, "--budget", 2, "--out", tmp_path
+    assert call(train, *flags(trained), *args) == 0
+    printed, rows = capsys.readouterr().out, json.loads((tmp_path / "results.json").read_text())
+    assert "learned" not in printed.replace("test of learned", "").replace("test, learned", "")
+    assert len(rows) == 11 and {row["model"] for row in rows} == {"plain"}
+
+
+def record(monkeypatch, *names):
+    """Count the calls of functions of mdmvi: {name: list of batch sizes}."""
+    sizes = {name: [] for name in names}
+    for name in names:
+
+        def counted(original, batches, *args):
+            batches.append(len(next(arg for arg in args if isinstance(arg, torch.Tensor))))
+            return original(*args)
+
+        watched = functools.partial(counted, getattr(mdmvi, name), sizes[name])
+        monkeypatch.setattr(mdmvi, name, watched)
+    return sizes
+
+
+LOSS_NAMES = ("mdm_loss", "run_loss", "importance_order_loss", "order_loss")
+
+
+@pytest.mark.parametrize(
+    "more, baseline, known, importance, uniform",
+    [
+        ("", [6] * 11, [64] * 3, [2] * 5, []),
+        ("--search 0", [6] * 5, [], [2] * 5, []),
+        ("--estimator uniform", [4] * 13, [64] * 3, [], [2] * 5),
+        ("--estimator uniform --orders free --search 0", [4] * 5, [], [], [2] * 5),
+        ("--accumulate 2", [3] * 22, [64] * 3, [1] * 10, []),
+        ("--order-steps 1", [6] * 7, [64] * 3, [2], []),
+    ],
+)
+def test_what_is_trained_on_which_flags(
+    trained, tmp_path, monkeypatch, more, baseline, known, importance, uniform
+):
+    """Problems or sequences a call. The baseline is paid for all passes of stage 2, the search (24
+    passes for each of 4 problems here, a third of a training pass each) too."""
+    sizes = record(monkeypatch, *LOSS_NAMES)
+    assert call(train, *flags(trained), *more.split(), "--out", tmp_path) == 0
+    stage_1 = [2] * 12 if "accumulate" in more else [4] * 6
+    assert sizes["mdm_loss"] == stage_1 + baseline
+    assert [sizes[name] for name in LOSS_NAMES[1:]] == [known, importance, uniform]
+    state = state_of(tmp_path / "checkpoint.pt")
+    models = eval_gsm8k.build_models(state)
+    assert isinstance(models.posterior, mdmvi.RunPosterior) == ("free" not in more)
+
+
+def test_accumulating_is_the_mean_of_the_parts(trained, monkeypatch):
+    args = train.parse_args([*map(str, flags(trained)), "--accumulate", "2"])
+    run, steps = train.Run(args, small_tokenizer()), []
+    monkeypatch.setattr(mdmvi, "update", lambda *args: steps.append(args))
+    weight = run.denoiser.trunk.norm.weight
+    parts = iter([3.0, 7.0])
+    monkeypatch.setattr(train, "stage_loss", lambda *args: (next(parts) * weight.sum(), {}))
+    loss, _ = train.train_step(run, "plain", 0, 1, None, 4, [])
+    assert torch.allclose(weight.grad, torch.full_like(weight, 5.0)) and len(steps) == 1
+    assert float(loss) == pytest.approx(5 * len(weight))
+
+
+@pytest.fixture
+def few_problems(monkeypatch):
+    """Training sets of the embedded task with 300 problems instead of 60,000."""
+    draw = arithmetic.problems
+
+    def few(n, seed, held_out):
+        return draw({60_000: 300, 256: 20}.get(n, n), seed, held_out)
+
+    monkeypatch.setitem(eval_gsm8k.EMBEDDED, "arithmetic", few)
+
+
+def without_speed(rows):
+    return [{k: v for k, v in row.items() if k != "problems_per_second"} for row in rows]
+
+
+def test_the_embedded_task_end_to_end(tmp_path, few_problems, capsys):
+    short = [*SHORT, "--size", "tiny", "--problems", 12, "--budget", 3]
+    assert call(train, *short, "--optimizer", "adamw", "--out", tmp_path) == 0
+    printed, rows = capsys.readouterr().out, json.loads((tmp_path / "results.json").read_text())
+    assert "ELBO at T=3, nats per canvas token, 20 held-out problems" in printed
+    for name in ("learned order", *(f"uniform random order, {m} model" for m in ("same", "plain"))):
+        assert re.search(rf"^  {name} +-\d+\.\d+$", printed, re.MULTILINE)
+    assert len(rows) == 1 + 2 * 11 and all(row["problems"] == 12 for row in rows)
+    checkpoint = ["--checkpoint", tmp_path / "checkpoint.pt", "--problems", 12]
+    assert call(eval_gsm8k, *checkpoint, "--json", tmp_path / "again.json") == 0
+    again = json.loads((tmp_path / "again.json").read_text())
+    assert without_speed(again) == without_speed(rows)
+    assert printed.endswith(capsys.readouterr().out)
+
+
+# ------------------------------------------------------------------------------------------------
+# eval_gsm8k.py
+# ------------------------------------------------------------------------------------------------
+
+
+def scored(trained, *args):
+    """Arguments that score six problems on the tiny run."""
+    data = ["--data", trained / "data.jsonl", "--problems", 6]
+    return ["--checkpoint", trained / "out" / "checkpoint.pt", *data, *args]
+
+
+def test_json_is_what_is_printed(trained, tmp_path, capsys):
+    more = ["--budget", 2, 3, "--strategies", "iid", "top_prob+eos", "--sweep", 1, 24, "--batch", 4]
+    assert call(eval_gsm8k, *scored(trained, *more, "--json", tmp_path / "rows.json")) == 0
+    shown, rows = capsys.readouterr(), json.loads((tmp_path / "rows.json").read_text())
+    assert shown.out.isascii() and "6 problems" in shown.out
+    blocks = shown.out.strip().split("\n\n")
+    assert [table_cells(line) for line in blocks[1].split("\n")[1:]] == [
+        expected_cells(row) for row in rows
+    ]
+    rules = ["iid", "top_prob+eos"]
+    assert [row["method"] for row in rows] == 2 * ["learned", *rules, *rules] + 2 * rules
+    assert all(row["max_steps"] <= row["budget"] for row in rows)
+    assert blocks[2] == "learned order, T=2, by number of equations"
+    assert blocks[-1] == eval_gsm8k.catching_up(rows)
+
+
+def test_prompts_that_do_not_fit_count_as_wrong(trained, tmp_path, capsys):
+    rows = [ROWS[0] | {"question": "pens " * 99}, *ROWS[:2]]
+    args = scored(trained, "--strategies", "iid", "--json", tmp_path / "rows.json")
+    args[args.index("--data") + 1] = put_rows(tmp_path / "long.jsonl", rows)
+    assert call(eval_gsm8k, *args) == 0
+    assert "1 prompts do not fit and count as wrong" in capsys.readouterr().err
+    found = json.loads((tmp_path / "rows.json").read_text())
+    assert {row["problems"] for row in found} == {3} and found[0]["min_steps"] > 0
+
+
+def test_plot(trained, tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    more = ["--strategies", "iid", "top_prob+eos", "--sweep", 1, 4, "--plot"]
+    for name, start in (("order.png", b"\x89PNG"), ("order.svg", b"<?xml")):
+        assert call(eval_gsm8k, *scored(trained, *more, tmp_path / name)) == 0
+        assert (tmp_path / name).read_bytes().startswith(start)
+    drawn = (tmp_path / "order.svg").read_text()
+    assert all(f"<!-- {name} -->" in drawn for name in ("learned", "iid", "top_prob+eos"))
+
+
+def test_plot_without_matplotlib(trained, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(mdmvi, "generate", None)  # must not be reached
+    assert call(eval_gsm8k, *scored(trained, "--plot", "x.png")) == 2
+    assert "pip install matplotlib" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------
+# sample.py
+# ------------------------------------------------------------------------------------------------
+
+
+class Page(html.parser.HTMLParser):
+    """What a page shows: its text, and the step and text of each token."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tokens, self.text, self.open = [], "", []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.open.append(tag)
+        if tag == "span":
+            self.tokens.append([int(dict(attrs)["data-step"]), ""])
+        assert not {"src", "href"} & dict(attrs).keys()  # self-contained
+
+    def handle_endtag(self, tag):
+        while self.open.pop() != tag:
+            pass
+
+    def handle_data(self, data):
+        self.text += data
+        if self.open and self.open[-1] == "span":
+            self.tokens[-1][1] += data
+
+
+def test_sample_shows_the_order(trained, tmp_path, capsys):
+    checkpoint = ["--checkpoint", trained / "out" / "checkpoint.pt", "--budget", 3]
+    names = ["learned", "left_to_right", "top_prob+eos"]
+    prompt = 'Ann has <b>2</b> pens & "3".'
+    more = ["--strategy", *names, "--html", tmp_path / "o.html"]
+    assert call(sample, prompt, *checkpoint, *more) == 0
+    printed, written = capsys.readouterr().out, (tmp_path / "o.html").read_text(encoding="utf-8")
+    assert "\033" not in printed and printed.count("answer:\n") == 3
+    steps = dict(re.findall(r"^(\S+), (\d) steps$", printed, re.MULTILINE))
+    assert list(steps) == names and steps["left_to_right"] == "3"
+    last = [line for line in printed.split("\n") if line.startswith("step 3: ")]
+    assert last and not any(line.count("_") for line in last)  # nothing is left hidden
+    page = Page(written)
+    assert prompt in page.text and len(page.tokens) == 3 * 24
+    orders = re.findall(r"^order:  (.*)$", printed, re.MULTILINE)
+    shown = [int(part.rpartition(":")[2]) - 1 for line in orders for part in line.split(" ")]
+    assert shown == [step for step, _ in page.tokens]
+    assert shown[24:48] == sorted(shown[24:48])  # left to right
+    assert "http" not in written and "max=3 value=3" in written
+
+
+def test_sample_reads_standard_input_and_draws_with_a_seed(trained, capsys, monkeypatch):
+    args = ["--checkpoint", trained / "out" / "checkpoint.pt", "--strategy", "random"]
+    printed = []
+    for seed in (0, 0, 1):
+        monkeypatch.setattr("sys.stdin", io.StringIO(ROWS[0]["question"] + "\n"))
+        assert call(sample, *args, "--temperature", 1.5, "--seed", seed) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1] != printed[2] and "random, 5 steps" in printed[0]
+
+
+def test_a_prompt_that_is_no_text(trained, tmp_path):
+    args = ["--checkpoint", trained / "out" / "checkpoint.pt", "--html", tmp_path / "o.html"]
+    assert call(sample, "Ann \udcff", *args) == 0
+
+
+# ------------------------------------------------------------------------------------------------
+# Bad input: one line on stderr, exit code 2, no traceback, nothing overwritten
+# ------------------------------------------------------------------------------------------------
+
+TRAIN = "--data {data} --size tiny --max-len 64 --canvas-len 24 --out "
+AGAIN = f"{TRAIN} {{out}} --resume {' '.join(SHORT)}"
+SCORE = "--checkpoint {good} --data {data} --problems 1 --strategies iid"
+
+BAD = [
+    (eval_gsm8k, "--checkpoint no.pt", "no checkpoint at no.pt: give"),
+    (eval_gsm8k, "--checkpoint none", "no checkpoint at none: give"),
+    (eval_gsm8k, "--checkpoint empty.pt", "empty.pt is empty: give"),
+    (eval_gsm8k, "--checkpoint cut.pt", "damaged or not a checkpoint .*: give"),
+    (eval_gsm8k, "--checkpoint text.pt", "damaged or not a checkpoint .*: give"),
+    (eval_gsm8k, "--checkpoint foreign.pt", "another program: give"),
+    (eval_gsm8k, "--checkpoint tensor.pt", "another program: give"),
+    (eval_gsm8k, "--checkpoint old.pt", "older version: train again"),
+    (eval_gsm8k, "--checkpoint {good}", "trained on --data: give --data"),
+    (eval_gsm8k, "--checkpoint {good} --data no.jsonl", "no data at no.jsonl: give"),
+    (eval_gsm8k, "--checkpoint {good} --data empty.jsonl", "empty.jsonl is empty: give"),
+    (eval_gsm8k, "--checkpoint {good} --data bad.jsonl", "bad.jsonl line 2 is not JSON .*: mend"),
+    (eval_gsm8k, "--checkpoint {good} --data bad.json", "bad.json line 3 is not JSON .*: mend"),
+    (eval_gsm8k, "--checkpoint {good} --data columns.jsonl", "line 1 has no columns .*: mend"),
+    (eval_gsm8k, "--checkpoint {good} --data cut.jsonl.gz", "cannot read cut.jsonl.gz.*; give"),
+    (eval_gsm8k, "--checkpoint {good} --data fake.json.gz", "cannot read fake.json.gz.*; give"),
+    (eval_gsm8k, "--checkpoint {good} --data fake.json.xz", "cannot read fake.json.xz.*; give"),
+    (eval_gsm8k, "--checkpoint {good} --data latin.jsonl", "cannot read latin.jsonl.*UTF-8"),
+    (eval_gsm8k, "--checkpoint {good} --data none", "no .json or .jsonl file .* folder none"),
+    (eval_gsm8k, "--checkpoint {good} --data owner/name", "from the hub .*: go online"),
+    (eval_gsm8k, f"{SCORE} --strategies best", "unknown strategy 'best': choose from iid,"),
+    (eval_gsm8k, f"{SCORE} --strategies iid+eos", "unknown strategy 'iid.eos': choose from"),
+    (eval_gsm8k, f"{SCORE} --device gpu", "--device gpu is not there: choose"),
+    (eval_gsm8k, f"{SCORE} --json no/rows.json", "cannot write no/rows.json.*: give"),
+    (eval_gsm8k, f"{SCORE} --json none", "cannot write none.*: give"),
+    (eval_gsm8k, f"{SCORE} --plot no/order.png", "cannot write no/order.png.*: give"),
+    (eval_gsm8k, f"{SCORE} --plot order.xyz", "cannot write order.xyz .*: give .*png"),
+    (eval_gsm8k, "--nonsense", "unrecognized arguments: --nonsense .see .* --help"),
+    (sample, "hello --checkpoint no.pt", "no checkpoint at no.pt: give"),
+    (sample, "hello --checkpoint {good} --strategy best", "unknown strategy 'best': choose"),
+    (sample, "hello --checkpoint {stage_1}", "has no learned order: give another --strategy"),
+    (sample, "{long} --checkpoint {good}", r"prompt has \d+ tokens, .* leaves 40: shorten it"),
+    (sample, "{blank} --checkpoint {good}", "prompt is empty: give it"),
+    (sample, "--checkpoint {good}", "prompt is empty: give it"),  # nothing on standard input
+    (sample, "hello --checkpoint {good} --html no/o.html", "cannot write no/o.html.*: give"),
+    (sample, "hello --checkpoint {good} --device cuda:77", "--device cuda:77 is not there: choose"),
+    (train, "--size huge", "--size: invalid choice: 'huge' .choose from"),
+    (train, "--orders none", "--orders: invalid choice"),
+    (train, "--estimator none", "--estimator: invalid choice"),
+    (train, "--answers none", "--answers: invalid choice"),
+    (train, "--device cuda:77", "--device cuda:77 is not there: choose"),
+    (train, "--bud 3", "unrecognized arguments"),
+    (train, "--max-len 20 --canvas-len 20", "--canvas-len 20 leaves no prompt in --max-len 20"),
+    (train, "--batch 4 --accumulate 3", "--accumulate 3 must divide --batch and --order-batch"),
+    (train, "--batch 6 --order-batch 4 --accumulate 3", "--accumulate 3 must divide"),
+    (train, "--tau 0", "--tau must be above 0"),
+    (train, "--end-lr 1.01", "--end-lr .*at most 1"),
+    (train, "--orders free", "--orders free cannot learn .*: give --search 0"),
+    (train, "--init x", "--init needs --size 170m"),
+    (train, "--data few.jsonl --out new", "few.jsonl has 9 problems: at least 10"),
+    (train, f"{TRAIN} new --max-len 8 --canvas-len 4", "no problem fits: raise"),
+    (train, f"{TRAIN} file/out", "cannot write to the folder file/out .*: give another --out"),
+    (train, f"{TRAIN} file", "cannot write to the folder file .*: give another --out"),
+    (train, f"{TRAIN} /proc/no", "cannot write to the folder /proc/no .*: give another --out"),
+    (train, f"{TRAIN} {{out}}", "checkpoint.pt exists: pass --resume, or another --out"),
+    (train, f"{TRAIN} none --resume", "no checkpoint at none/checkpoint.pt: give"),
+    (train, f"{AGAIN} --tau 0.2", "has --tau 0.1, not 0.2: give its"),
+    (train, f"{AGAIN} --size small", "has --size tiny, not small: give its"),
+    (train, f"{AGAIN} --max-len 65", "has --max-len 64, not 65: give its"),
+    (train, f"{AGAIN} --seed 1", "has --seed 0, not 1: give its"),
+    (train, f"{AGAIN} --data other.jsonl", "has --data .*, not other.jsonl: give its"),
+    (train, f"{TRAIN} new --data other.jsonl --start {{plain}}", "another vocabulary: give"),
+    (train, f"{TRAIN} new --size small --start {{plain}}", "has --size tiny, not small"),
+    (train, f"{TRAIN} new --canvas-len 25 --start {{plain}}", "has --canvas-len 24, not 25"),
+    (train, f"{TRAIN} new --start no.pt", "no checkpoint at no.pt: give"),
+    (train, f"{TRAIN} new --start cut.pt", "damaged or not a checkpoint .*: give"),
+    (train, f"{TRAIN} new --start {{good}}", "is no plain.pt: give"),
+    pytest.param(eval_gsm8k, "--checkpoint {good} --data list.json", "list.json"),
+    pytest.param(eval_gsm8k, "--checkpoint {good} --data flip.jsonl.gz", "flip"),
+    pytest.param(eval_gsm8k, "--checkpoint {good} --data deep.json", "deep"),
+    *(
+        pytest.param(*case, "seed")
+        for case in (
+            (eval_gsm8k, f"{SCORE} --seed {2**64}"),
+            (sample, f"hello --checkpoint {{good}} --seed {2**64}"),
+            (train, f"{TRAIN} new --seed {2**64}"),
+        )
+    ),
+]
+
+
+def make_bad_files(folder, trained):
+    checkpoint = (trained / "out" / "checkpoint.pt").read_bytes()
+    row, packed = json.dumps(ROWS[0]).encode(), bytearray(gzip.compress(bytes(range(256)) * 9))
+    packed[20:40] = b"x" * 20
+    files = {
+        "empty.pt": b"",
+        "cut.pt": checkpoint[: len(checkpoint) // 2],
+        "text.pt": b"hello",
+        "empty.jsonl": b" \n",
+        "bad.jsonl": row + b'\n{"question": oops}\n',
+        "bad.json": b"[1,\n2,\n",
+        "columns.jsonl": b'{"text": "a"}\n',
+        "list.json": b"[]",
+        "cut.jsonl.gz": gzip.compress(row)[:-9],
+        "fake.json.gz": row,
+        "fake.json.xz": row,
+        "latin.jsonl": b'{"question": "caf\xe9"}',
+        "few.jsonl": (row + b"\n") * 9,
+        "flip.jsonl.gz": bytes(packed),
+        "deep.json": b"[" * 99_999,
+        "file": b"",
+    }
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    other = [{k: text.replace("pens", "caps") for k, text in r.items()} for r in ROWS]
+    put_rows(folder / "other.jsonl", other)
+    torch.save({"model": {}}, folder / "foreign.pt")
+    torch.save(torch.ones(3), folder / "tensor.pt")
+    torch.save({"program": "mdmvi", "version": 1}, folder / "old.pt")
+    (folder / "none").mkdir()
+
+
+@pytest.fixture(scope="module")
+def bad_files(trained):
+    """A folder with files that are wrong in many ways."""
+    (trained / "bad").mkdir()
+    make_bad_files(trained / "bad", trained)
+    return trained / "bad"
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def complaint(capsys, *said):
+    """The one line that a script wrote on stderr, beside bars; `said` is what it must say."""
+    lines = [line for line in capsys.readouterr().err.split("\n") if line and "%|" not in line]
+    assert len(lines) == 1, lines
+    for text in said:
+        assert re.search(text, lines[0]), lines[0]
+    return lines[0]
+
+
+@pytest.mark.parametrize("script, line, says", BAD)
+def test_bad_input(trained, bad_files, monkeypatch, capsys, script, line, says):
+    monkeypatch.chdir(bad_files)
+    monkeypatch.setitem(sys.modules, "datasets", no_network())
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    words = {"good": trained / "out" / "checkpoint.pt", "plain": trained / "out" / "plain.pt"}
+    words |= {"data": trained / "data.jsonl", "out": trained / "out"}
+    words |= {"stage_1": trained / "stage_1" / "checkpoint.pt", "long": "pens " * 99, "blank": " "}
+    before = contents(trained)
+    assert call(script, *(word.format(**words) for word in line.split())) == 2
+    complaint(capsys, says)
+    assert contents(trained) == before
+
+
+@pytest.mark.parametrize(
+    "script, line",
+    [
+        (eval_gsm8k, f"{SCORE} --json no/rows.json"),
+        (eval_gsm8k, f"{SCORE} --plot no/order.png"),
+        pytest.param(eval_gsm8k, f"{SCORE} --plot order.xyz"),
+        pytest.param(sample, "a --checkpoint {good} --html no/o.html"),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_found_out_before_the_work(
+    trained, bad_files, monkeypatch, capsys, script, line
+):
+    monkeypatch.chdir(bad_files)
+    monkeypatch.setattr(mdmvi, "generate", None)  # must not be reached
+    words = {"good": trained / "out" / "checkpoint.pt", "data": trained / "data.jsonl"}
+    assert call(script, *(word.format(**words) for word in line.split())) == 2
+    complaint(capsys, "cannot write")
+
+
+MAY_BE_0 = {"seed", "order_steps", "search", "problems"}  # whole numbers
+
+
+@pytest.mark.parametrize("name", [f.name for f in fields(train.Args) if f.type in (int, float)])
+def test_numbers_out_of_range_in_training(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flag, whole = "--" + name.replace("_", "-"), isinstance(getattr(train.Args, name), int)
+    values = ["-1", "nan", "inf", "x", ""]
+    values += ["1.5", *(["0"] if name not in MAY_BE_0 else [])] if whole else ["-inf"]
+    for value in values:
+        assert call(train, f"{flag}={value}") == 2
+        complaint(capsys, flag)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "script, flags",
+    [(eval_gsm8k, ["budget", "sweep", "problems", "batch"]), (sample, ["budget"])],
+)
+def test_whole_numbers_out_of_range(script, flags, capsys):
+    for flag in flags:
+        for value in ("0", "-1", "nan", "inf", "1.5", "x", ""):
+            assert call(script, f"--{flag}={value}") == 2
+            complaint(capsys, f"--{flag}")
+
+
+NO_NUMBERS = [(sample, "temperature", value) for value in ("-0.1", "nan", "inf", "x")]
+NO_NUMBERS += [(script, "seed", text) for script in (sample, eval_gsm8k) for text in ("nan", "x")]
+
+
+@pytest.mark.parametrize("script, flag, value", NO_NUMBERS)
+def test_other_numbers_out_of_range(script, flag, value, capsys):
+    assert call(script, f"--{flag}={value}") == 2
+    complaint(capsys, f"--{flag}")
+
+
+def without(key):
+    return lambda state: state.pop(key)
+
+
+def changed(*keys, value):
+    """A change of one entry of a checkpoint, by its path."""
+
+    def change(state):
+        for key in keys[:-1]:
+            state = state[key]
+        state[keys[-1]] = value
+
+    return change
+
+
+def narrowed(name):
+    """The tensors of one network cut to half of their rows."""
+    return lambda state: state.update({name: {k: x[::2] for k, x in state[name].items()}})
+
+
+DAMAGE = {
+    "no config": without("config"),
+    "no args": without("args"),
+    "no plain": without("plain"),
+    "args of another type": changed("args", value=5),
+    "another width": changed("config", "n_embd", value=32),
+    "an unknown field": changed("config", "depth", value=2),
+    "unknown orders": changed("args", "orders", value="none"),
+    "mask inside the vocabulary": changed("config", "mask_id", value=3),
+    "half a denoiser": narrowed("denoiser"),
+    "half a policy": narrowed("policy"),
+    "half a posterior": narrowed("posterior"),
+    "half a baseline": narrowed("plain"),
+    "a denoiser of another type": changed("denoiser", value=[1, 2]),
+    "a width that is text": changed("config", "n_embd", value="wide"),
+    "no denoiser": without("denoiser"),
+    "no tokenizer": without("tokenizer"),
+    "no heads": changed("config", "n_head", value=0),
+    "fewer pieces": lambda state: state["tokenizer"].pop(),
+    "more pieces": lambda state: state["tokenizer"].append(" more"),
+    "pieces of another type": changed("tokenizer", value=5),
+    "no budget": lambda state: state["args"].pop("budget"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_checkpoint_whose_parts_do_not_fit(trained, tmp_path, capsys, name):
+    state = state_of(trained / "out" / "checkpoint.pt")
+    DAMAGE[name](state)
+    torch.save(state, tmp_path / "bad.pt")
+    args = scored(trained, "--strategies", "iid")
+    args[1] = tmp_path / "bad.pt"
+    assert call(eval_gsm8k, *args) == 2
+    complaint(capsys, "damaged|does not fit")
+    assert call(sample, "Ann", "--checkpoint", tmp_path / "bad.pt") == 2
+    complaint(capsys, "damaged|does not fit")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [without("plain"), without("optimizers"), without("args")]
+    + [changed("stage", value="end"), changed("step", value="x"), changed("generator", value=5)]
+    + [changed("optimizers", value=[{}]), changed("generator", value=torch.ones(3))],
+)
+def test_resuming_a_checkpoint_whose_parts_do_not_fit(trained, tmp_path, capsys, damage):
+    state = state_of(trained / "out" / "plain.pt")
+    damage(state)
+    torch.save(state, tmp_path / "checkpoint.pt")
+    (tmp_path / "log.jsonl").touch()
+    before = contents(tmp_path)
+    assert call(train, *flags(trained), "--out", tmp_path, "--resume") == 2
+    complaint(capsys, "damaged|does not fit")
+    assert contents(tmp_path) == before
+
+
+# ------------------------------------------------------------------------------------------------
+# Help, and the scripts as processes
+# ------------------------------------------------------------------------------------------------
+
+EVAL_FLAGS = {"checkpoint": "out/checkpoint.pt", "batch": 128, "seed": 0}
+EVAL_FLAGS |= dict.fromkeys(["data", "budget", "strategies", "problems", "json", "plot"])
+SAMPLE_FLAGS = {"checkpoint": "out/checkpoint.pt", "temperature": 0.0, "seed": 0, "device": "cpu"}
+SAMPLE_FLAGS |= dict.fromkeys(("budget", "html"))
+
+
+@pytest.mark.parametrize(
+    "script, defaults",
+    [
+        (train, {f.name.replace("_", "-"): f.default for f in fields(train.Args)}),
+        (eval_gsm8k, EVAL_FLAGS),
+        (sample, SAMPLE_FLAGS),
+    ],
+)
+def test_help_names_every_flag_and_its_default(script, defaults, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "400")
+    assert call(script, "--help") == 0
+    shown = capsys.readouterr().out
+    assert script.__doc__.strip().split("\n")[0] in shown
+    for flag, default in defaults.items():
+        line = re.search(rf"^  --{flag}[ ,].*(\n {{9,}}.*)?", shown, re.MULTILINE)
+        assert line and len(re.split("\n|  ", line[0].strip())) > 1, flag
+        assert default is None or f"(default: {default})" in line[0], line[0]
+
+
+def test_help_shows_the_examples_as_they_are_written():
+    for script in (train, eval_gsm8k, sample):
+        lines = [line for line in script.__doc__.split("\n") if "python " in line]
+        assert lines and all(line.startswith("    python ") for line in lines)
+
+
+def process(*line, **options):
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, *map(str, line)], cwd=FOLDER, **pipes, **options)
+
+
+def test_bad_input_as_a_process():
+    bad = process("sample.py", "hello", "--checkpoint", "no/such.pt")
+    out, err = bad.communicate()
+    assert bad.returncode == 2 and not out and err.count("\n") == 1
+    assert err.startswith("sample.py: no checkpoint at no/such.pt: ")
+
+
+def test_no_network_as_a_process(tmp_path):
+    pytest.importorskip("datasets", reason="datasets is not installed")
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    bad = process("train.py", "--data", "no/body", "--out", tmp_path / "out", env=env)
+    out, err = bad.communicate()
+    assert bad.returncode == 2 and not out and err.count("\n") == 1
+    assert err.startswith("train.py: cannot load no/body from the hub (")
+
+
+def test_ctrl_c_as_a_process(trained, tmp_path):
+    more = ["--steps", 100_000, "--out", tmp_path]
+    run = process("train.py", *flags(trained), *more)
+    assert "45 problems" in run.stdout.readline()
+    time.sleep(0.5)
+    run.send_signal(signal.SIGINT)
+    _, err = run.communicate()
+    assert run.returncode == 130 and "Traceback" not in err
+    assert re.search(r"^stopped at plain step \d+; go on with --resume$", err, re.MULTILINE)
+    assert state_of(tmp_path / "checkpoint.pt")["step"] > 0
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "[print(i) for i in range(100_000)]",
+        pytest.param("print('short')"),
+    ],
+)
+def test_output_survives_a_reader_that_goes_away(body):
+    line = ("-c", f"import eval_gsm8k; eval_gsm8k.run_main(lambda: {body})")
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    run = process(*line, env=env)
+    run.stdout.close()
+    assert run.stderr.read() == "" and run.wait() == 141

@@ -2,10 +2,11 @@
 
     python eval_gsm8k.py --checkpoint out/checkpoint.pt --budget 5 10 15
     python eval_gsm8k.py --data test.jsonl                    # real GSM8K problems
-    python eval_gsm8k.py --sweep 1 2 3 4 5 8 35 --plot order.png
+    python eval_gsm8k.py --sweep 1 2 3 4 5 8 --plot order.png
 
-A problem is a dict {question, answer}; its answer is a chain of <<...>> notes, then "#### N". One
-with a third key, solutions, lists all that is right; the others are judged by their equations.
+A problem is a dict {question, answer}; its answer is a chain of <<...>> notes, then "#### N". An
+embedded one lists all its right solutions; the others are judged by their equations, against the
+reference.
 """
 
 import argparse
@@ -376,7 +377,8 @@ def build_models(checkpoint, device="cpu"):
         policy, posterior = ORDERS[args["orders"]]
         plain = mdmvi.Denoiser(config) if has_plain else None
         models = Models(mdmvi.Denoiser(config), policy(config.n_embd), posterior(config), plain)
-        has_order = args["order_steps"] > 0
+        begun = checkpoint["stage"] == "order" and checkpoint["step"] > 0
+        has_order = args["order_steps"] > 0 and (begun or checkpoint["stage"] == "done")
         fits = tokenizer_of(checkpoint["tokenizer"]).vocab_size == config.vocab_size
         fits = fits and args["budget"] >= 1 and config.canvas_len < config.max_len
     except (KeyError, TypeError, ValueError, RuntimeError, ArithmeticError, AttributeError):
@@ -561,13 +563,19 @@ def by_length(problems, result):
     return aligned(lines)
 
 
+def measure(rows):
+    """What tells the methods apart: answers, or whole solutions where all have the answers."""
+    return "answered" if min(row["answered"] for row in rows) < 0.95 else "solved"
+
+
 def catching_up(rows):
-    """For each rule the first number of steps at which it answers as many as the learned order."""
+    """For each rule the first number of steps at which it is right as often as the learned one."""
+    key = measure(rows)
     lines = [("rule", "T", "catches up at", "learned order takes")]
     for ours in (row for row in rows if row["method"] == "learned"):
         for name in dict.fromkeys(row["method"] for row in rows if row["match"] == "sweep"):
             swept = [r for r in rows if r["method"] == name and r["match"] == "sweep"]
-            level = [r["average_steps"] for r in swept if r["answered"] >= ours["answered"]]
+            level = [r["average_steps"] for r in swept if r[key] >= ours[key]]
             when = f"{min(level):.2f}" if level else f"not in {max(r['budget'] for r in swept)}"
             lines.append((name, str(ours["budget"]), when, f"{ours['average_steps']:.2f}"))
     return aligned(lines)
@@ -617,7 +625,7 @@ def print_scores(
         print(f"\nlearned order, T={budget}, by number of equations\n")
         print(by_length(problems, learned[budget]))
     if learned and sweep:
-        print(f"\nsteps at which a rule has as many right answers\n\n{catching_up(rows)}")
+        print(f"\nsteps at which a rule is as often right ({measure(rows)})\n\n{catching_up(rows)}")
     if json_file:
         write_file(json_file, json.dumps(rows, indent=1) + "\n")
     if plot_file:
@@ -651,16 +659,16 @@ def pyplot():
 
 
 def plot(rows, path):
-    """Right answers against average steps, a line a method."""
-    plt = pyplot()
+    """Right answers, or whole solutions, against average steps, a line a method."""
+    plt, key = pyplot(), measure(rows)
     figure, axes = plt.subplots(figsize=(7, 4.5))
     for name in dict.fromkeys(row["method"] for row in rows):
-        mine = [(r["average_steps"], 100 * r["answered"]) for r in rows if r["method"] == name]
+        mine = [(r["average_steps"], 100 * r[key]) for r in rows if r["method"] == name]
         style = {"linestyle": "--" if name.endswith("+eos") else "-"}
         if name == "learned":
-            style = {"color": "black", "linewidth": 2.5, "zorder": 3}
-        axes.plot(*zip(*sorted(set(mine))), marker="o", markersize=4, label=name, **style)
-    axes.set(xlabel="average steps (forward passes)", ylabel="right answers, %", xscale="log")
+            style = {"color": "black", "linewidth": 2.5, "zorder": 3, "markersize": 9}
+        axes.plot(*zip(*sorted(set(mine))), marker="o", label=name, **{"markersize": 4, **style})
+    axes.set(xlabel="average steps (forward passes)", ylabel=f"{key}, %", xscale="log")
     axes.legend(fontsize=7)
     try:
         figure.savefig(path, bbox_inches="tight", dpi=150)

@@ -18,8 +18,9 @@ device, or None for the global one. Log-probabilities are in nats. (R) marks wha
 summaries of [F].
 
 A denoiser is any object with `denoiser(tokens)` -> hidden [B, N, D], `denoiser.logits(hidden)`
-for hidden [M, D] -> [M, V], and the attributes `mask_id` and (for eos_aware rules) `eos_id`. It
-never predicts MASK. A policy maps (hidden, masked) -> pi_logits [B, N], a posterior maps (tokens,
+for hidden [M, D] -> [M, V], and the attributes `mask_id` and (for eos_aware rules) `eos_id`; an
+optional `canvas_len` is the most places a canvas has, more than that are lost on a GPU. It never
+predicts MASK. A policy maps (hidden, masked) -> pi_logits [B, N], a posterior maps (tokens,
 canvas) -> log_alpha [B, N], at most 0.
 """
 
@@ -169,8 +170,8 @@ class UnmaskPolicy(nn.Module):
 def scored_places(denoiser, masked):
     """Where M_s lies in the flattened batch: (place int64 [M], used bool [M]).
 
-    To count these places is free on a CPU. A GPU would have to wait for the count, so there it is
-    room for one whole canvas a row, and what is not used is marked.
+    To count these places is free on a CPU. A GPU would have to wait for the count, so there the
+    result has room for one whole canvas a row, and `used` marks the places that count.
     """
     if masked.device.type == "cpu":
         place = masked.flatten().nonzero().squeeze(1)
@@ -284,7 +285,7 @@ def at_least_one(**values):
 
 
 def stratified_uniform(n, device, generator=None):
-    """n draws in [0, 1), fp32 [n], each uniform, evenly spread together (low discrepancy)."""
+    """n draws in [0, 1), fp32 [n], each uniform, evenly spread by one shared random offset."""
     u = torch.rand((), device=device, generator=generator)
     return (torch.arange(n, device=device) / n + u) % 1.0
 
@@ -293,7 +294,7 @@ def mdm_loss(denoiser, tokens, canvas, generator=None):
     """Plain masked-diffusion loss, nats per canvas token (scalar); SMDM's objective.
 
     t ~ U(0, 1], low discrepancy over the batch; each canvas token is masked with probability t; the
-    cross-entropy of the masked ones is summed, over t and over the canvas length.
+    cross-entropy of the masked ones is summed and divided by t and by the canvas length.
     """
     t = 1.0 - stratified_uniform(len(tokens), tokens.device, generator)
     u = torch.rand(tokens.shape, device=tokens.device, generator=generator)
@@ -536,10 +537,10 @@ def generate(
 
 # ------------------------------------------------------------------------------------------------
 # 5. Beyond the paper. Free scores that start alike find no good order in a short training. What
-#    helps (RESULTS.md says how much):
+#    helps:
 #      RunPosterior, RunPolicy   an order is a cut of the canvas into runs, from the left
 #      best_runs, run_loss       a search for the orders of some problems, and learning them
-#      draw_step                 steps that paths reach are drawn more often: less variance
+#      importance_order_loss     f_0 exact, a later step drawn where paths go on: less variance
 #      order_groups, update      rates of the three networks, each clipped by itself
 # ------------------------------------------------------------------------------------------------
 
@@ -547,10 +548,11 @@ def generate(
 class RunPosterior(OrderPosterior):
     """An `OrderPosterior` whose orders are runs: log alpha falls by up to SPACING at each position.
 
-    A cut is a sigmoid in front of each position, sharpened by SHARPEN; a position's level is the
-    sum of the cuts up to it. When each token has a number of its own, errors of about tau put
-    tokens that belong together into different steps; here a run moves as one. It starts as a soft
-    front from the left, and the gradient sharpens the cuts. Both constants are for tau = 0.1.
+    A cut is a sigmoid in front of each position, sharpened by SHARPEN; log alpha is minus SPACING
+    times the sum of the cuts up to a position. When each token has a number of its own, errors of
+    about tau put tokens that belong together into different steps; here a run moves as one. SPACING
+    is ten tau: then even a cut that is half sure parts two runs, and the gradient of a policy that
+    has not learned the order yet does not wash it out. It starts as a soft front from the left.
     """
 
     SPACING, SHARPEN = 1.0, 2.0
@@ -564,9 +566,9 @@ class RunPosterior(OrderPosterior):
         return -self.SPACING * (cut * canvas).cumsum(1)
 
     def start_from(self, denoiser):
-        """Copy the embedding and first blocks of a `Denoiser`, which has learned to read.
+        """Copy embedding, first blocks and norm of a `Denoiser` of this width: it can read.
 
-        The embedding is not trained on: with a large vocabulary it is most of the cost.
+        The embedding is frozen: with a large vocabulary it is most of the cost.
         """
         state = denoiser.trunk.state_dict()
         self.trunk.load_state_dict({name: state[name] for name in self.trunk.state_dict()})
@@ -577,8 +579,8 @@ class RunPosterior(OrderPosterior):
 class RunPolicy(UnmaskPolicy):
     """An `UnmaskPolicy` for runs: pi_i is the product of sigmoid(u_j) over j <= i in M_s.
 
-    To be revealed, a position of a run has to know that all before it are. The product tells it; a
-    head that sees one position cannot.
+    A position should be revealed only where all before it are likely to be. The product makes pi
+    fall from left to right, which separate sigmoids do not ensure. The draws stay independent.
     """
 
     def __init__(self, n_embd, n_layer=1):
@@ -621,7 +623,8 @@ def best_runs(denoiser, tokens, canvas, budget, price=0.5):
 
 
 def run_loss(posterior, tokens, canvas, step):
-    """Teach a `RunPosterior` known runs: cross-entropy of its cuts, nats per canvas token (scalar).
+    """Teach a `RunPosterior` known runs: cross-entropy of sigmoid(scores), its cuts before they are
+    sharpened, nats per canvas token (scalar).
 
     step int64 [B, N], as `best_runs` returns it.
     """
@@ -681,8 +684,8 @@ def order_groups(denoiser, policy, posterior, lr=1e-3, policy_lr=1e-2, posterior
     """Parameter groups of stage 2 for any optimiser, a network each, with its peak learning rate.
 
     "params" are pairs (name, parameter), as torch's optimisers take them. A frozen denoiser (or one
-    that is no nn.Module) has no group. The posterior waits for a policy: what the policy cannot
-    foretell yet costs KL, and an order would be given up for that before the policy knows it.
+    that is no nn.Module) has no group. Beside a policy the posterior warms up over a fifth of the
+    steps: what the policy cannot foretell yet costs KL, and the order would be given up for that.
     """
     networks = {"denoiser": denoiser, "policy": policy, "posterior": posterior}
     peaks = {"denoiser": lr, "policy": policy_lr, "posterior": posterior_lr}
@@ -701,8 +704,8 @@ def order_groups(denoiser, policy, posterior, lr=1e-3, policy_lr=1e-2, posterior
 def update(optimizers, step, steps, end=0.1):
     """One update after backward(), for groups as `order_groups` makes them, at `step` of `steps`.
 
-    Each network's gradient is clipped to norm 1 by itself: the posterior's is rarely, but then by
-    far, the largest. The rate warms up over the group's share of the steps and falls along a
+    Each network's gradient is clipped to norm 1 by itself: the posterior's is seldom the largest,
+    but then by far. The rate warms up over the group's share of the steps and falls along a
     cosine to `end` of its peak.
     """
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]

@@ -1690,6 +1690,16 @@ def test_catching_up():
         ["iid", "9", "not in 8", "4.50"],
         ["threshold", "9", "5.25", "4.50"],
     ]
+    sure = [
+        row(*r, 1.0) | {"solved": solved}
+        for *r, solved in (
+            ("learned", "", 5, 2.5, 0.9),
+            ("iid", "sweep", 3, 3.0, 0.5),
+            ("iid", "sweep", 4, 4.0, 0.9),
+        )
+    ]
+    assert eval_gsm8k.measure(sure) == "solved" and eval_gsm8k.measure(rows) == "answered"
+    assert table_cells(eval_gsm8k.catching_up(sure).split("\n")[1]) == ["iid", "5", "4.00", "2.50"]
 
 
 # ------------------------------------------------------------------------------------------------

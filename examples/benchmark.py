@@ -38,7 +38,7 @@ PEAKS = {
     "RTX 4090": 165e12,
     "RTX 3090": 71e12,
 }
-DEFAULT = {"size": "small", "batch": 64, "max_len": 72, "canvas_len": 41, "vocab": 320}
+DEFAULT = {"size": "small", "batch": 64, "max_len": 53, "canvas_len": 28, "vocab": 316}
 PAPER = {"size": "170m", "batch": 256, "max_len": 256, "canvas_len": 96, "vocab": 32_000}
 STAGES = ("plain", "order")
 PATHS = 7  # with the exact pass on the full canvas, a problem takes 8 sequences in stage 2
@@ -52,9 +52,9 @@ def parse_args(argv=None):
     add("--paper", action="store_true", help="170m, 256 tokens, canvas 96, batch 256, AdamW")
     add("--size", choices=tuple(train.SIZES), help="shape of the model (small)")
     add("--batch", type=positive, help="sequences in a step of either stage (64)")
-    add("--max-len", type=positive, help="tokens in a sequence (72)")
-    add("--canvas-len", type=positive, help="tokens of it in the canvas (41)")
-    add("--vocab", type=positive, help="tokens in the vocabulary (320)")
+    add("--max-len", type=positive, help="tokens in a sequence (53)")
+    add("--canvas-len", type=positive, help="tokens of it in the canvas (28)")
+    add("--vocab", type=positive, help="tokens in the vocabulary (316)")
     add("--budget", type=positive, default=5, help="steps of generation")
     add("--device", default="cuda" if gpu else "cpu", help="cpu, cuda, cuda:1, ...")
     add("--compile", action=BooleanOptionalAction, default=gpu, help="torch.compile the passes")

@@ -5,7 +5,7 @@
 The model is BERT-like, or LLaMA-like and trained to fill in masks: its attention is made to go both
 ways. Its code must be part of transformers (pip install transformers). A line of --data is
 {"question", "answer"}; what the model expects between the two belongs to the question. The last
-tenth of the data is held out.
+tenth of the data, at most 64 problems, is held out.
 """
 
 import math

@@ -669,6 +669,8 @@ def plot(rows, path):
             style = {"color": "black", "linewidth": 2.5, "zorder": 3, "markersize": 9}
         axes.plot(*zip(*sorted(set(mine))), marker="o", label=name, **{"markersize": 4, **style})
     axes.set(xlabel="average steps (forward passes)", ylabel=f"{key}, %", xscale="log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
     axes.legend(fontsize=7)
     try:
         figure.savefig(path, bbox_inches="tight", dpi=150)

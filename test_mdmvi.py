@@ -1817,6 +1817,14 @@ def test_ctrl_c_saves_and_resuming_equals_not_having_stopped(
     assert places == sorted(set(places)) and "elbo" in logged(tmp_path)[-1]
 
 
+def test_a_checkpoint_from_before_stage_2_has_no_order(trained):
+    before, after = (state_of(trained / "out" / name) for name in ("plain.pt", "checkpoint.pt"))
+    assert eval_gsm8k.build_models(before).policy is None
+    assert eval_gsm8k.build_models(after).policy is not None
+    begun = {**before, "step": 1}
+    assert eval_gsm8k.build_models(begun).policy is not None
+
+
 def test_a_second_ctrl_c_stops_at_once(trained, tmp_path, monkeypatch):
     def twice(*args):
         signal.raise_signal(signal.SIGINT)

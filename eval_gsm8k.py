@@ -265,7 +265,8 @@ def arithmetic_value(expression):
     expression = re.sub(r"(\d+\.?\d*|\.\d+)\s*%", r"(\1/100)", expression)
     expression = re.sub(r"(?<![\d.])0+(?=\d)", "", expression)  # 007 is a number here
     try:
-        with warnings.catch_warnings(action="ignore"):  # of what looks like a call, 2(3)
+        with warnings.catch_warnings():  # of what looks like a call, 2(3)
+            warnings.simplefilter("ignore")
             return value(ast.parse(expression.strip(), mode="eval").body)
     except (SyntaxError, ValueError, KeyError, AttributeError, TypeError, ArithmeticError):
         return None

@@ -415,6 +415,13 @@ def train_stage(run, stage, data, stop, log):
     mdmvi.token_log_prob = eager
 
 
+def stop_search(stop):
+    """End the run if a signal has filled the list `stop`; the search is made again after it."""
+    if stop:
+        print("\nstopped in the search for orders; go on with --resume", file=sys.stderr)
+        raise KeyboardInterrupt
+
+
 def search_orders(run, data, stop):
     """Search the best runs of some training problems, and let the posterior learn them."""
     args, found = run.args, []
@@ -423,8 +430,7 @@ def search_orders(run, data, stop):
     for x, on in tqdm(parts, desc="search", unit="batch", mininterval=1.0):
         with autocast(run.device):
             found.append(mdmvi.best_runs(run.denoiser, x.long(), on, args.budget))
-        if stop:
-            raise KeyboardInterrupt
+        stop_search(stop)
     groups = mdmvi.order_groups(None, None, run.posterior, posterior_lr=args.head_lr / 3)
     optimizers = make_optimizers(groups, args.optimizer)
     for step in tqdm(range(COPY_STEPS), desc="copy", unit="step", mininterval=1.0):
@@ -433,8 +439,7 @@ def search_orders(run, data, stop):
             loss = mdmvi.run_loss(run.posterior, x.long(), on, order)
         loss.backward()
         mdmvi.update(optimizers, step, COPY_STEPS, args.end_lr)
-        if stop:
-            raise KeyboardInterrupt
+        stop_search(stop)
 
 
 def train(run, data, stop):

@@ -14,14 +14,12 @@ Two models are trained, with the latent and without; they differ by nothing else
 """
 
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 import mdmvi
 import train
@@ -216,7 +214,6 @@ class Method(NamedTuple):
 
 PLAIN = Method("plain MDM", random_steps_loss, mdmvi.order_elbo, mdmvi.generate)
 VMD = Method("VMD", vmd_loss, vmd_elbo, generate)
-END_LR = 0.01  # share of the peak learning rate that is left at the end
 # In two dimensions the pairs often settle on a ring; on a line their slices of N(0, 1) are sharper.
 RECIPES = {
     "pairs": {"size": "tiny", "latent_dim": 1, "budget": 1, "steps": 4000, "batch": 64, "lr": 1e-2},
@@ -243,22 +240,12 @@ def train_denoiser(method, recipe, vocab_size, length, draw, seed, device, label
         denoiser = mdmvi.Denoiser(config).to(device)
     generator = torch.Generator(device).manual_seed(seed)
     groups = mdmvi.order_groups(denoiser, None, None, recipe["lr"])
-    optimizers = train.make_optimizers(groups, "muon")
-    steps, total = recipe["steps"], 0.0
-    bar = tqdm(range(steps), desc=f"{label}, {method.name}", unit="step", mininterval=1.0)
-    for step in bar:
-        tokens, canvas = draw(recipe["batch"], generator)
-        loss = method.loss(denoiser, tokens, canvas, recipe["budget"], generator)
-        loss.backward()
-        mdmvi.update(optimizers, step, steps, END_LR)
-        total = total + loss.detach()
-        if step % 20 == 19 or step == steps - 1:  # the only place that waits for the device
-            mean = float(total) / (step % 20 + 1)
-            if not math.isfinite(mean):
-                bar.close()
-                raise UserError(f"loss is {mean} at step {step + 1}: try another --seed")
-            bar.set_postfix_str(f"loss {mean:.4f}", refresh=False)
-            total = 0.0
+
+    def loss_of():
+        data = draw(recipe["batch"], generator)
+        return method.loss(denoiser, *data, recipe["budget"], generator)
+
+    sudoku.minimise(groups, loss_of, recipe["steps"], f"{label}, {method.name}")
     return denoiser.eval()
 
 

@@ -215,18 +215,16 @@ class OrderPosterior(nn.Module):
     scores start all alike, which reveals everything at once.
     """
 
-    outputs = 1
-
     def __init__(self, config, n_layer=None):
         super().__init__()
         self.trunk = Trunk(config, min(2, config.n_layer) if n_layer is None else n_layer)
         self.on_canvas = nn.Parameter(torch.zeros(config.n_embd))  # added where the answer goes
-        self.score = nn.Linear(config.n_embd, self.outputs)
+        self.score = nn.Linear(config.n_embd, 1)
         nn.init.zeros_(self.score.weight)
         nn.init.zeros_(self.score.bias)
 
     def scores(self, tokens, canvas):
-        """Real numbers [B, N, outputs], before they become log alpha."""
+        """Real numbers [B, N, 1], before they become log alpha."""
         return self.score(self.trunk(tokens, canvas[:, :, None] * self.on_canvas)).float()
 
     def forward(self, tokens, canvas):

@@ -2383,8 +2383,8 @@ def test_bad_input(trained, bad_files, monkeypatch, capsys, script, line, says):
     [
         (eval_gsm8k, f"{SCORE} --json no/rows.json"),
         (eval_gsm8k, f"{SCORE} --plot no/order.png"),
-        pytest.param(eval_gsm8k, f"{SCORE} --plot order.xyz"),
-        pytest.param(sample, "a --checkpoint {good} --html no/o.html"),
+        (eval_gsm8k, f"{SCORE} --plot order.xyz"),
+        (sample, "a --checkpoint {good} --html no/o.html"),
     ],
 )
 def test_a_file_that_cannot_be_written_is_found_out_before_the_work(

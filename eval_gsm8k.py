@@ -2,7 +2,7 @@
 
     python eval_gsm8k.py --checkpoint out/checkpoint.pt --budget 5 10 15
     python eval_gsm8k.py --data test.jsonl                    # real GSM8K problems
-    python eval_gsm8k.py --sweep 1 2 3 4 5 8 --plot order.png
+    python eval_gsm8k.py --sweep 1 2 3 4 5 8 --json rows.json     # for python -m examples.plot
 
 A problem is a dict {question, answer}; its answer is a chain of <<...>> notes, then "#### N". An
 embedded one lists all its right solutions; the others are judged by their equations, against the
@@ -327,10 +327,11 @@ class Models(NamedTuple):
     plain: mdmvi.Denoiser
 
 
-ORDERS = {
-    "runs": (mdmvi.RunPolicy, mdmvi.RunPosterior),
-    "free": (mdmvi.UnmaskPolicy, mdmvi.OrderPosterior),
-}
+def make_orders(kind, config):
+    """A new (policy, posterior): "runs" from the left, or "free" orders as in the paper."""
+    if kind == "runs":
+        return mdmvi.RunPolicy(config), mdmvi.RunPosterior(config)
+    return mdmvi.UnmaskPolicy(config.n_embd), mdmvi.OrderPosterior(config)
 
 
 PARTS = {name: dict for name in ("args", "config", "denoiser", "policy", "posterior")}
@@ -375,9 +376,9 @@ def build_models(checkpoint, device="cpu"):
     args, has_plain = checkpoint["args"], checkpoint["plain"] is not None
     try:
         config = mdmvi.ModelConfig(**checkpoint["config"])
-        policy, posterior = ORDERS[args["orders"]]
+        orders = make_orders(args["orders"], config)
         plain = mdmvi.Denoiser(config) if has_plain else None
-        models = Models(mdmvi.Denoiser(config), policy(config.n_embd), posterior(config), plain)
+        models = Models(mdmvi.Denoiser(config), *orders, plain)
         begun = checkpoint["stage"] == "order" and checkpoint["step"] > 0
         has_order = args["order_steps"] > 0 and (begun or checkpoint["stage"] == "done")
         fits = tokenizer_of(checkpoint["tokenizer"]).vocab_size == config.vocab_size
@@ -564,24 +565,6 @@ def by_length(problems, result):
     return aligned(lines)
 
 
-def measure(rows):
-    """What tells the methods apart: answers, or whole solutions where all have the answers."""
-    return "answered" if min(row["answered"] for row in rows) < 0.95 else "solved"
-
-
-def catching_up(rows):
-    """For each rule the first number of steps at which it is right as often as the learned one."""
-    key = measure(rows)
-    lines = [("rule", "T", "catches up at", "learned order takes")]
-    for ours in (row for row in rows if row["method"] == "learned"):
-        for name in dict.fromkeys(row["method"] for row in rows if row["match"] == "sweep"):
-            swept = [r for r in rows if r["method"] == name and r["match"] == "sweep"]
-            level = [r["average_steps"] for r in swept if r[key] >= ours[key]]
-            when = f"{min(level):.2f}" if level else f"not in {max(r['budget'] for r in swept)}"
-            lines.append((name, str(ours["budget"]), when, f"{ours['average_steps']:.2f}"))
-    return aligned(lines)
-
-
 def print_scores(
     problems,
     tokenizer,
@@ -594,9 +577,8 @@ def print_scores(
     batch=128,
     seed=0,
     json_file=None,
-    plot_file=None,
 ):
-    """Score, print the table and what belongs to it, write the files."""
+    """Score, print the table and the learned order by length, write the rows to `json_file`."""
     layout = (tokenizer, max_len, canvas_len)
     tokens, canvas, fits = encode_problems(problems, *layout, with_answers=False)
     if not all(fits):
@@ -625,12 +607,8 @@ def print_scores(
     for budget in learned:
         print(f"\nlearned order, T={budget}, by number of equations\n")
         print(by_length(problems, learned[budget]))
-    if learned and sweep:
-        print(f"\nsteps at which a rule is as often right ({measure(rows)})\n\n{catching_up(rows)}")
     if json_file:
         write_file(json_file, json.dumps(rows, indent=1) + "\n")
-    if plot_file:
-        plot(rows, plot_file)
 
 
 def check_file(path):
@@ -645,38 +623,6 @@ def write_file(path, text):
         Path(path).write_text(text, encoding="utf-8", errors="replace")
     except OSError as error:
         raise UserError(f"cannot write {path} ({error.strerror}): give another file")
-
-
-def pyplot():
-    """matplotlib.pyplot, which draws to files, or UserError where it is not installed."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise UserError("--plot needs matplotlib: pip install matplotlib")
-    return plt
-
-
-def plot(rows, path):
-    """Right answers, or whole solutions, against average steps, a line a method."""
-    plt, key = pyplot(), measure(rows)
-    figure, axes = plt.subplots(figsize=(7, 4.5))
-    for name in dict.fromkeys(row["method"] for row in rows):
-        mine = [(r["average_steps"], 100 * r[key]) for r in rows if r["method"] == name]
-        style = {"linestyle": "--" if name.endswith("+eos") else "-"}
-        if name == "learned":
-            style = {"color": "black", "linewidth": 2.5, "zorder": 3, "markersize": 9}
-        axes.plot(*zip(*sorted(set(mine))), marker="o", label=name, **{"markersize": 4, **style})
-    axes.set(xlabel="average steps (forward passes)", ylabel=f"{key}, %", xscale="log")
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter("{x:g}")
-    axes.legend(fontsize=7)
-    try:
-        figure.savefig(path, bbox_inches="tight", dpi=150)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot write {path} ({error}): give another file, .png, .svg or .pdf")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -764,16 +710,10 @@ def main(argv=None):
     add("--seed", type=seed, default=0, help="seed of the draws")
     add("--device", default=device, help="cpu, cuda, cuda:1, ...")
     add("--json", metavar="FILE", help="write the rows as JSON")
-    add("--plot", metavar="FILE", help="draw right answers against steps (needs matplotlib)")
     args = parser.parse_args(argv)
     check_device(args.device)
-    for path in filter(None, (args.json, args.plot)):
-        check_file(path)
-    if (
-        args.plot
-        and Path(args.plot).suffix[1:] not in pyplot().gcf().canvas.get_supported_filetypes()
-    ):
-        raise UserError(f"cannot write {args.plot} (what kind?): give a .png, .svg or .pdf")
+    if args.json:
+        check_file(args.json)
     rules = parse_rules(args.strategies) if args.strategies else None
     checkpoint = load_checkpoint(args.checkpoint)
     models = build_models(checkpoint, args.device)
@@ -790,7 +730,6 @@ def main(argv=None):
         args.batch,
         args.seed,
         args.json,
-        args.plot,
     )
 
 

@@ -84,9 +84,13 @@ class Block(nn.Module):
         self.w1 = nn.Linear(D, H, bias=False)
         self.w2 = nn.Linear(D, H, bias=False)
         self.w3 = nn.Linear(H, D, bias=False)
+        cos, sin = rotary_tables(D // config.n_head, config.max_len, config.rope_bf16)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
 
-    def forward(self, x, cos, sin):
+    def forward(self, x):
         B, N, D = x.shape
+        cos, sin = self.cos[:N], self.sin[:N]
         qkv = self.qkv(self.norm_1(x)).view(B, N, self.n_head, 3, D // self.n_head)
         q, k, v = qkv.permute(3, 0, 2, 1, 4)
         y = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v)
@@ -107,9 +111,6 @@ class Trunk(nn.Module):
         self.wte = nn.Embedding(max(config.vocab_size, config.mask_id + 1), config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(n_layer))
         self.norm = nn.RMSNorm(config.n_embd, eps=1e-5)
-        cos, sin = rotary_tables(config.n_embd // config.n_head, config.max_len, config.rope_bf16)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
         for name, weight in self.named_parameters():
             if weight.dim() == 2:
                 into_residual = name.endswith(("proj.weight", "w3.weight"))
@@ -122,7 +123,7 @@ class Trunk(nn.Module):
             raise ValueError(f"{N} tokens are more than the model's context of {self.max_len}")
         x = self.wte(tokens) if shift is None else self.wte(tokens) + shift
         for block in self.blocks:
-            x = block(x, self.cos[:N], self.sin[:N])
+            x = block(x)
         return self.norm(x)
 
 
@@ -537,7 +538,7 @@ def generate(
 # 5. Beyond the paper. Free scores that start alike find no good order in a short training. What
 #    helps:
 #      RunPosterior, RunPolicy   an order is a cut of the canvas into runs, from the left
-#      best_runs, run_loss       a search for the orders of some problems, and learning them
+#      run_values, run_loss      the best cuts under the denoiser, by dynamic programming
 #      importance_order_loss     f_0 exact, a later step drawn where paths go on: less variance
 #      order_groups, update      rates of the three networks, each clipped by itself
 # ------------------------------------------------------------------------------------------------
@@ -579,57 +580,65 @@ class RunPolicy(UnmaskPolicy):
 
     A position should be revealed only where all before it are likely to be. The product makes pi
     fall from left to right, which separate sigmoids do not ensure. The draws stay independent.
+    Where a run ends depends on where it begins, so u has a block of attention of its own.
+    `config` is a `ModelConfig` of the hidden states' width.
     """
 
-    def __init__(self, n_embd, n_layer=1):
-        super().__init__(n_embd, n_layer)
+    def __init__(self, config):
+        super().__init__(config.n_embd)
+        self.block = Block(config)
+        self.if_masked = nn.Parameter(torch.zeros(config.n_embd))  # added where x_s is masked
         nn.init.constant_(self.outer.bias, 3.0)
 
     def forward(self, hidden, masked):
+        hidden = self.block(hidden + masked[:, :, None] * self.if_masked)
         log_u = F.logsigmoid(super().forward(hidden, masked))
         log_pi = log_u.masked_fill(~masked, 0.0).cumsum(1)
         return log_pi - log_one_minus(log_pi)
 
 
-@torch.no_grad()
-def best_runs(denoiser, tokens, canvas, budget, price=0.5):
-    """The best cut of known solutions into at most `budget` runs: step int64 [B, N], -1 off canvas.
+def canvas_places(canvas):
+    """Where each row's canvas lies: (position int64 [B, L], used bool [B, L]), L of the longest."""
+    length = canvas.sum(1, keepdim=True)
+    position = canvas.int().argsort(dim=1, descending=True, stable=True)[:, : int(length.max())]
+    return position, torch.arange(position.shape[1], device=canvas.device) < length
 
-    Maximises sum_i log p_theta(x_0^i | what lies before the run of i), less `price` nats a cut and
-    up to as much again towards the right, so that of cuts about as good the leftmost is taken.
-    Dynamic programming; takes a denoiser pass for each place of the longest canvas.
+
+@torch.no_grad()
+def run_values(denoiser, tokens, canvas):
+    """log p_theta of every run, nats [B, L, L + 1], from a denoiser pass for each canvas place.
+
+    Entry [:, i, j] is for the places i .. j - 1 of known solutions, revealed together after all
+    before i.
+    """
+    position, _ = canvas_places(canvas)
+    before, values = canvas.cumsum(1) - 1, []
+    for i in range(position.shape[1]):
+        log_p, _ = token_log_prob(denoiser, tokens, canvas & (before >= i))
+        values.append(log_p.gather(1, position).cumsum(1))
+    return F.pad(torch.stack(values, 1), (1, 0))
+
+
+def run_loss(posterior, tokens, canvas, values, budget, price=0.3):
+    """Minus the expected log p_theta of a solution in runs that a `RunPosterior` cuts, nats per
+    canvas token (scalar), less `price` nats a step. values: as `run_values` returns them.
+
+    The cuts are independent here, and the expectation over all of them is exact: V_t(i), what can
+    be had from place i on in t steps, is E_j [values(i, j) - price + V_{t-1}(j)].
     """
     at_least_one(budget=budget)
-    length, place = canvas.sum(1), (canvas.cumsum(1) - 1).clamp(min=0)
-    L = int(length.max())
-    run = torch.zeros(len(tokens), L, L + 1, device=tokens.device)  # [:, i, j]: places i .. j - 1
-    for i in range(L):
-        log_p, _ = token_log_prob(denoiser, tokens, canvas & (place >= i))
-        run[:, i, 1:] = torch.zeros_like(run[:, 0, 1:]).scatter_add(1, place, log_p).cumsum(1)
-    cost = price * (1 + torch.arange(L, device=tokens.device) / L)[:, None]
-    best, starts = run[:, 0], []  # best[:, j]: of the first j places, with the cuts so far
-    for _ in range(budget - 1):
-        value, start = (best[:, :L, None] + run - cost).max(1)
-        starts.append(start.masked_fill(best >= value, -1))  # -1: no further cut
-        best = torch.maximum(best, value)
-    end, cuts = length, torch.zeros_like(best, dtype=torch.int64)
-    for start in reversed(starts):
-        start = start.gather(1, end[:, None]).squeeze(1)
-        cuts.scatter_add_(1, start.clamp(min=0)[:, None], (start >= 0).long()[:, None])
-        end = torch.where(start >= 0, start, end)
-    return cuts.cumsum(1).gather(1, place).masked_fill(~canvas, -1)
-
-
-def run_loss(posterior, tokens, canvas, step):
-    """Teach a `RunPosterior` known runs: cross-entropy of sigmoid(scores), its cuts before they are
-    sharpened, nats per canvas token (scalar).
-
-    step int64 [B, N], as `best_runs` returns it.
-    """
-    before = F.pad(step.cummax(1).values, (1, 0), value=0)[:, :-1].clamp(min=0)
+    L, values = values.shape[1], values - price
+    position, used = canvas_places(canvas)
     scores = posterior.scores(tokens, canvas).squeeze(-1)
-    loss = F.binary_cross_entropy_with_logits(scores, (step > before).float(), reduction="none")
-    return ((loss * canvas).sum(1) / canvas.sum(1)).mean()
+    scores = scores.gather(1, position).masked_fill(~used, -30.0)
+    # log P(a run from i ends before j): no cut at i + 1 .. j - 1, then one at j, or the end
+    keep, cut = F.pad(F.logsigmoid(-scores).cumsum(1), (1, 0)), F.pad(F.logsigmoid(scores), (0, 1))
+    ends = torch.ones_like(values[0], dtype=torch.bool).triu(1)
+    p = (keep[:, None] - keep[:, 1:, None] + cut[:, None]).masked_fill(~ends, -math.inf).exp()
+    value = F.pad(values[:, :, L], (0, 1))  # V_1: the last step reveals all that is left
+    for _ in range(budget - 1):
+        value = F.pad((p * (values + value[:, None])).sum(2), (0, 1))
+    return -(value[:, 0] / canvas.sum(1)).mean()
 
 
 @torch.no_grad()

@@ -30,7 +30,7 @@ import eval_gsm8k
 import mdmvi
 from eval_gsm8k import UserError
 from examples import smdm
-from examples.muon import Muon
+from examples.muon import make_optimizers
 
 #           layers, heads, width, hidden
 SIZES = {
@@ -40,7 +40,7 @@ SIZES = {
     "170m": (18, 12, 768, 3072),
 }
 STAGES = ("plain", "baseline", "order", "done")
-COPY_STEPS, COPY_BATCH = 200, 64  # the posterior's training on the orders that were searched
+SEARCH_STEPS, SEARCH_BATCH = 200, 32  # the posterior's training on the runs that were searched
 SAVE_COST = 0.02  # the share of the time that saving may take
 FREE = {"out", "resume", "start", "device", "compile", "problems"}  # may differ when a run goes on
 STAGE_1 = {"answers", "size", "init", "max_len", "canvas_len"}  # may not differ from --start's run
@@ -162,9 +162,8 @@ class Run:
     def begin_orders(self):
         """New policy and posterior, as stage 2 starts with them."""
         torch.manual_seed(self.args.seed)
-        policy, posterior = eval_gsm8k.ORDERS[self.args.orders]
-        self.policy = policy(self.config.n_embd).to(self.device)
-        self.posterior = posterior(self.config).to(self.device)
+        orders = eval_gsm8k.make_orders(self.args.orders, self.config)
+        self.policy, self.posterior = (network.to(self.device) for network in orders)
         if self.args.orders == "runs":
             self.posterior.start_from(self.denoiser)
 
@@ -251,29 +250,6 @@ def make_tokenizer(args, problems):
     sample = problems[:: max(1, len(problems) // 20_000)]
     texts = (p["question"] + eval_gsm8k.SEPARATOR + p["answer"] for p in sample)
     return eval_gsm8k.Tokenizer.build(texts)
-
-
-# ------------------------------------------------------------------------------------------------
-# Optimisers
-# ------------------------------------------------------------------------------------------------
-
-
-def make_optimizers(groups, name):
-    """[AdamW], or with Muon for the matrices inside the blocks [AdamW for the rest, Muon].
-
-    groups: as `mdmvi.order_groups` makes them; name: "adamw" or "muon".
-    """
-    rest, matrices = [], []
-    for group in groups:
-        in_block = [
-            name == "muon" and p.dim() == 2 and "blocks." in key for key, p in group["params"]
-        ]
-        pairs = list(zip(group["params"], in_block))
-        rest.append({**group, "params": [named for named, is_in in pairs if not is_in]})
-        matrices.append({**group, "params": [named for named, is_in in pairs if is_in]})
-    adamw = torch.optim.AdamW(rest, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    matrices = [group for group in matrices if group["params"]]
-    return [adamw, Muon(matrices)] if matrices else [adamw]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -423,22 +399,26 @@ def stop_search(stop):
 
 
 def search_orders(run, data, stop):
-    """Search the best runs of some training problems, and let the posterior learn them."""
-    args, found = run.args, []
+    """The posterior learns which cuts are best under the denoiser, on some training problems."""
+    args, values = run.args, []
     tokens, canvas = pick(data, args.search, run.generator)
     parts = list(zip(tokens.split(64), canvas.split(64)))
-    for x, on in tqdm(parts, desc="search", unit="batch", mininterval=1.0):
+    for x, on in tqdm(parts, desc="runs", unit="batch", mininterval=1.0):
         with autocast(run.device):
-            found.append(mdmvi.best_runs(run.denoiser, x.long(), on, args.budget))
+            values.append(mdmvi.run_values(run.denoiser, x.long(), on))
         stop_search(stop)
+    values = torch.cat(values)
     groups = mdmvi.order_groups(None, None, run.posterior, posterior_lr=args.head_lr / 3)
     optimizers = make_optimizers(groups, args.optimizer)
-    for step in tqdm(range(COPY_STEPS), desc="copy", unit="step", mininterval=1.0):
-        x, on, order = pick((tokens, canvas, torch.cat(found)), COPY_BATCH, run.generator)
+    bar = tqdm(range(SEARCH_STEPS), desc="search", unit="step", mininterval=1.0)
+    for step in bar:
+        x, on, value = pick((tokens, canvas, values), SEARCH_BATCH, run.generator)
         with autocast(run.device):
-            loss = mdmvi.run_loss(run.posterior, x.long(), on, order)
+            loss = mdmvi.run_loss(run.posterior, x.long(), on, value, args.budget)
         loss.backward()
-        mdmvi.update(optimizers, step, COPY_STEPS, args.end_lr)
+        mdmvi.update(optimizers, step, SEARCH_STEPS, args.end_lr)
+        if step % 20 == 19:
+            bar.set_postfix_str(f"loss {float(loss.detach()):.4f}", refresh=False)
         stop_search(stop)
 
 
@@ -459,7 +439,7 @@ def train(run, data, stop):
         while run.stage != "done":
             if run.stage == "order" and run.step == 0:
                 run.begin_orders()
-                if args.search:
+                if args.search and args.budget > 1:
                     search_orders(run, data, stop)
             train_stage(run, run.stage, data, stop, log)
             run.stage, run.step = after[run.stage], 0

@@ -25,6 +25,7 @@ import eval_gsm8k
 import mdmvi
 import train
 from eval_gsm8k import UserError
+from examples.muon import make_optimizers
 
 # Dense bf16 products with fp32 sums, FLOP/s, by a part of the GPU's name; the first that fits.
 PEAKS = {
@@ -157,7 +158,7 @@ def describe(device):
 def make_step(run, stage, data):
     """A function that takes a training step of a stage, half-way through it."""
     groups, steps, n = train.stage_groups(run, stage)
-    optimizers = train.make_optimizers(groups, run.args.optimizer)
+    optimizers = make_optimizers(groups, run.args.optimizer)
     return lambda: train.train_step(run, stage, steps // 2, steps, data, n, optimizers)
 
 
@@ -310,7 +311,7 @@ def print_against_plain(run, flags, data):
 
     def step_with(network, loss_of):
         groups = mdmvi.order_groups(network, None, None, 1e-4)
-        optimizers = train.make_optimizers(groups, run.args.optimizer)
+        optimizers = make_optimizers(groups, run.args.optimizer)
 
         def step():
             for _ in range(parts):
@@ -416,7 +417,7 @@ def training(stage):
 
     def two_updates(run, data):
         groups, steps, n = train.stage_groups(run, stage)
-        optimizers, parts = train.make_optimizers(groups, run.args.optimizer), run.args.accumulate
+        optimizers, parts = make_optimizers(groups, run.args.optimizer), run.args.accumulate
         for part in range(2 if parts == 1 else 3):  # a third micro-batch is no more than the second
             with torch.autocast("cpu", torch.bfloat16):
                 loss, _ = train.stage_loss(run, stage, data, n // parts)

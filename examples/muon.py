@@ -1,6 +1,6 @@
 """Muon (Jordan et al.) for matrices, in fp32 on a CPU: the optimiser of train.py's default run.
 
-    from examples.muon import Muon
+    from examples.muon import make_optimizers
 
 torch's own takes the matrices one by one, in bf16 on any device, and many CPUs have no bf16
 arithmetic. Here all matrices of one shape go through the iteration together.
@@ -52,3 +52,21 @@ class Muon(torch.optim.Optimizer):
         size = 0.2 * math.sqrt(max(params[0].shape))
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(params, list(update.unbind()), alpha=-group["lr"] * size)
+
+
+def make_optimizers(groups, name):
+    """[AdamW], or with Muon for the matrices inside the blocks [AdamW for the rest, Muon].
+
+    groups: as `mdmvi.order_groups` makes them; name: "adamw" or "muon".
+    """
+    rest, matrices = [], []
+    for group in groups:
+        in_block = [
+            name == "muon" and p.dim() == 2 and "blocks." in key for key, p in group["params"]
+        ]
+        pairs = list(zip(group["params"], in_block))
+        rest.append({**group, "params": [named for named, is_in in pairs if not is_in]})
+        matrices.append({**group, "params": [named for named, is_in in pairs if is_in]})
+    adamw = torch.optim.AdamW(rest, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    matrices = [group for group in matrices if group["params"]]
+    return [adamw, Muon(matrices)] if matrices else [adamw]

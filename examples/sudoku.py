@@ -36,6 +36,7 @@ from eval_gsm8k import (
     wilson,
     write_file,
 )
+from examples.muon import make_optimizers
 
 # --------------------------------------------------------------------------------------------------
 # Puzzles. A grid is a list of side * side numbers, row by row, 0 for a blank; `box` is (rows,
@@ -236,7 +237,7 @@ BOUND_STEPS, BOUND_BATCH = 300, 32  # steps by the bound, and puzzles in each
 
 def minimise(groups, loss_of, steps, label):
     """Minimise loss_of() over `groups` of parameters. Raises UserError where it is no number."""
-    optimizers = train.make_optimizers(groups, "muon")
+    optimizers = make_optimizers(groups, "muon")
     total, bar = 0.0, tqdm(range(steps), desc=label, unit="step", mininterval=1.0)
     for step in bar:
         loss = loss_of()

@@ -159,7 +159,7 @@ def test_training_finds_the_order_and_leaves_the_model_alone(trained):
     assert set(range(6, V)) <= set(out.tokens[:, 2].tolist())
 
 
-def test_searched_orders_are_copied_and_then_the_bound_takes_over(trained, monkeypatch):
+def test_orders_are_searched_and_then_the_bound_takes_over(trained, monkeypatch):
     losses = []
 
     def spy(name, tokens_at):
@@ -171,16 +171,16 @@ def test_searched_orders_are_copied_and_then_the_bound_takes_over(trained, monke
 
         monkeypatch.setattr(mdmvi, name, call)
 
-    monkeypatch.setattr(transformers_model, "COPY_STEPS", 2)
-    spy("best_runs", 1)
+    monkeypatch.setattr(transformers_model, "SEARCH_STEPS", 2)
+    spy("run_values", 1)
     spy("run_loss", 1)
     spy("importance_order_loss", 3)
     networks = (trained, *transformers_model.make_networks(trained, 4))
     canvas = torch.tensor([False, False, True, True]).expand(100, 4)
     tokens = twins(100, torch.Generator().manual_seed(0))
     transformers_model.learn_order(networks, tokens, canvas, 2, 3)
-    assert losses[:2] == [("best_runs", 64), ("best_runs", 36)]
-    assert losses[2:] == 2 * [("run_loss", 64)] + 3 * [("importance_order_loss", 8)]
+    assert losses[:2] == [("run_values", 64), ("run_values", 36)]
+    assert losses[2:] == 2 * [("run_loss", 32)] + 3 * [("importance_order_loss", 20)]
 
 
 # --------------------------------------------------------------------------------------------------

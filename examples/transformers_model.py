@@ -9,6 +9,7 @@ tenth of the data, at most 64 problems, is held out.
 """
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,10 +21,10 @@ from eval_gsm8k import Parser, UserError, check_device, positive, read_records, 
 
 BOTH_WAYS = {"is_causal": False, "use_cache": False}  # BERT-like models attend so anyway
 TAU = 0.1
-BATCH = 8  # problems a step
-PATHS = 7  # paths a problem
+BATCH = 20  # problems a step
+PATHS = 2  # paths a problem
 SEARCHED = 256  # problems whose best runs the posterior learns first
-COPY_STEPS, COPY_BATCH = 200, 64
+SEARCH_STEPS, SEARCH_BATCH = 200, 32
 
 
 class TransformersDenoiser:
@@ -137,33 +138,40 @@ def encode_file(path, tokenizer, denoiser, max_len):
 
 def make_networks(denoiser, max_len):
     """A policy as wide as the model, and a small posterior with an embedding of its own."""
-    model, shape = denoiser.model, (2, 4, 128, 256)  # layers, heads, width, hidden
-    ids = (denoiser.mask_id, denoiser.eos_id)
+    model, ids = denoiser.model, (denoiser.mask_id, denoiser.eos_id)
+    shape = (2, 4, 128, 256)  # layers, heads, width, hidden
     config = mdmvi.ModelConfig(model.config.vocab_size, max_len, *shape, *ids)
-    policy, posterior = mdmvi.RunPolicy(model.config.hidden_size), mdmvi.RunPosterior(config)
+    width, heads = model.config.hidden_size, model.config.num_attention_heads
+    as_wide = replace(config, n_embd=width, n_head=heads, n_hidden=2 * width)
+    policy, posterior = mdmvi.RunPolicy(as_wide), mdmvi.RunPosterior(config)
     return policy.to(model.device), posterior.to(model.device)
 
 
 def learn_order(networks, tokens, canvas, budget, steps, generator=None):
-    """Train the last two of (denoiser, policy, posterior): on searched orders, then on the bound.
+    """Train the last two of (denoiser, policy, posterior): on the best runs, then on the bound.
 
     tokens int64 [M, N], clean; canvas bool [M, N]. A step takes BATCH (PATHS + 1) denoiser passes.
     """
     denoiser, policy, posterior = networks
     parts = list(zip(tokens[:SEARCHED].split(64), canvas[:SEARCHED].split(64)))
-    search = tqdm(parts, desc="search", unit="batch")
-    order = torch.cat([mdmvi.best_runs(denoiser, *part, budget) for part in search])
+    bar = tqdm(parts, desc="runs", unit="batch")
+    values = torch.cat([mdmvi.run_values(denoiser, *part) for part in bar])
 
-    def copy():
-        rows = torch.randint(len(order), (COPY_BATCH,), device=tokens.device, generator=generator)
-        return mdmvi.run_loss(posterior, tokens[rows], canvas[rows], order[rows])
+    def pick(count, n):
+        return torch.randint(count, (n,), device=tokens.device, generator=generator)
+
+    def search():
+        rows = pick(len(values), SEARCH_BATCH)
+        data = (posterior, tokens[rows], canvas[rows], values[rows], budget)
+        return mdmvi.run_loss(*data)
 
     def bound():
-        rows = torch.randint(len(tokens), (BATCH,), device=tokens.device, generator=generator)
+        rows = pick(len(tokens), BATCH)
         data = (*networks, tokens[rows], canvas[rows], budget, TAU, PATHS, generator)
         return mdmvi.importance_order_loss(*data)[0]
 
-    minimise(copy, mdmvi.order_groups(None, None, posterior), COPY_STEPS, "copy")
+    if budget > 1:
+        minimise(search, mdmvi.order_groups(None, None, posterior), SEARCH_STEPS, "search")
     minimise(bound, mdmvi.order_groups(*networks), steps, "order")
 
 

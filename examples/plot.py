@@ -1,0 +1,95 @@
+"""What a learned order saves: the steps at which each rule catches up with it, and a picture.
+
+    python eval_gsm8k.py --sweep 1 2 3 4 5 6 8 --json rows.json
+    python -m examples.plot rows.json --out steps.png                 # needs matplotlib
+
+Takes the rows that eval_gsm8k.py writes, of one run or of several.
+"""
+
+from pathlib import Path
+
+from eval_gsm8k import Parser, UserError, aligned, check_file, read_records, run_main
+
+NUMBERS = ("average_steps", "budget", "answered", "solved")
+
+
+def read_rows(paths):
+    """The rows of several files of eval_gsm8k.py --json. Raises UserError for anything else."""
+    rows = []
+    for path in paths:
+        for where, row in read_records(Path(path)):
+            texts = isinstance(row, dict) and all(
+                isinstance(row.get(key), str) for key in ("method", "match")
+            )
+            if not texts or not all(isinstance(row.get(key), (int, float)) for key in NUMBERS):
+                raise UserError(f"{path} {where} is no row of a table: give what --json wrote")
+            rows.append(row)
+    if not rows:
+        raise UserError(f"{paths[0]} holds no row of a table: give what --json wrote")
+    return rows
+
+
+def measure(rows):
+    """What tells the methods apart: answers, or whole solutions where all have the answers."""
+    return "answered" if min(row["answered"] for row in rows) < 0.95 else "solved"
+
+
+def catching_up(rows):
+    """For each rule the first number of steps at which it is right as often as the learned one."""
+    key = measure(rows)
+    lines = [("rule", "T", "catches up at", "learned order takes")]
+    for ours in (row for row in rows if row["method"] == "learned"):
+        for name in dict.fromkeys(row["method"] for row in rows if row["match"] == "sweep"):
+            swept = [r for r in rows if r["method"] == name and r["match"] == "sweep"]
+            level = [r["average_steps"] for r in swept if r[key] >= ours[key]]
+            when = f"{min(level):.2f}" if level else f"not in {max(r['budget'] for r in swept)}"
+            lines.append((name, str(ours["budget"]), when, f"{ours['average_steps']:.2f}"))
+    return aligned(lines)
+
+
+def pyplot():
+    """matplotlib.pyplot, which draws to files, or UserError where it is not installed."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise UserError("--out needs matplotlib: pip install matplotlib")
+    return plt
+
+
+def draw(rows, path):
+    """Right answers, or whole solutions, against average steps, a line a method."""
+    plt, key = pyplot(), measure(rows)
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    for name in dict.fromkeys(row["method"] for row in rows):
+        mine = [(r["average_steps"], 100 * r[key]) for r in rows if r["method"] == name]
+        style = {"linestyle": "--" if name.endswith("+eos") else "-"}
+        if name == "learned":
+            style = {"color": "black", "linewidth": 2.5, "zorder": 3, "markersize": 9}
+        axes.plot(*zip(*sorted(set(mine))), marker="o", label=name, **{"markersize": 4, **style})
+    axes.set(xlabel="average steps (forward passes)", ylabel=f"{key}, %", xscale="log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
+    axes.legend(fontsize=7)
+    try:
+        figure.savefig(path, bbox_inches="tight", dpi=150)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot write {path} ({error}): give another file, .png, .svg or .pdf")
+
+
+def main(argv=None):
+    parser = Parser(__doc__)
+    parser.add_argument("rows", nargs="+", help="files that eval_gsm8k.py --json wrote")
+    parser.add_argument("--out", metavar="FILE", help="draw the picture there: .png, .svg or .pdf")
+    args = parser.parse_args(argv)
+    rows = read_rows(args.rows)
+    print(f"steps at which a rule is as often right ({measure(rows)})\n\n{catching_up(rows)}")
+    if args.out:
+        check_file(args.out)
+        draw(rows, args.out)
+
+
+if __name__ == "__main__":
+    run_main(main)

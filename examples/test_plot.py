@@ -1,0 +1,109 @@
+"""Tests of plot.py: when a rule catches up, the picture, mistakes of the user."""
+
+import json
+import re
+import sys
+
+import pytest
+
+from eval_gsm8k import run_main
+from examples import plot
+
+
+def row(method, match, budget, steps, answered, solved=0.0):
+    about = {"method": method, "match": match, "budget": budget}
+    return about | {"average_steps": steps, "answered": answered, "solved": solved}
+
+
+ROWS = [row("learned", "", 5, 2.5, 0.5), row("learned", "", 9, 4.5, 0.7)]
+ROWS += [row("iid", "@Avg", 5, 3.0, 0.9)]  # no row of the sweep
+ROWS += [row("iid", "sweep", *n) for n in ((1, 1.0, 0.3), (2, 2.0, 0.5), (8, 8.0, 0.6))]
+ROWS += [row("threshold+eos", "sweep", *n) for n in ((1, 1.0, 0.3), (8, 5.25, 0.8))]
+SURE = [
+    row("learned", "", 5, 2.5, 1.0, 0.9),
+    row("iid", "sweep", 3, 3.0, 1.0, 0.5),
+    row("iid", "sweep", 4, 4.0, 1.0, 0.9),
+]
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.json").write_text(json.dumps(ROWS))
+    return tmp_path
+
+
+def call(*argv):
+    """Exit code of the program."""
+    try:
+        run_main(lambda: plot.main(list(argv)))
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def table_cells(line):
+    return re.split(r"  +", line.strip())
+
+
+def complaint(capsys, message):
+    (line,) = capsys.readouterr().err.strip().split("\n")
+    assert re.search(message, line), line
+
+
+def test_catching_up():
+    lines = plot.catching_up(ROWS).split("\n")[1:]
+    assert [table_cells(line) for line in lines] == [
+        ["iid", "5", "2.00", "2.50"],
+        ["threshold+eos", "5", "5.25", "2.50"],
+        ["iid", "9", "not in 8", "4.50"],
+        ["threshold+eos", "9", "5.25", "4.50"],
+    ]
+    assert plot.measure(SURE) == "solved" and plot.measure(ROWS) == "answered"
+    assert table_cells(plot.catching_up(SURE).split("\n")[1]) == ["iid", "5", "4.00", "2.50"]
+
+
+def test_prints_what_several_files_say(files, capsys):
+    (files / "first.json").write_text(json.dumps(ROWS[:3]))
+    (files / "second.json").write_text(json.dumps(ROWS[3:]))
+    assert call("first.json", "second.json") == 0
+    assert plot.catching_up(ROWS) in capsys.readouterr().out
+
+
+def test_picture(files):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    for name, start in (("order.png", b"\x89PNG"), ("order.svg", b"<?xml")):
+        assert call("rows.json", "--out", name) == 0
+        assert (files / name).read_bytes().startswith(start)
+    drawn = (files / "order.svg").read_text()
+    assert all(f"<!-- {name} -->" in drawn for name in ("learned", "iid", "threshold+eos"))
+
+
+def test_picture_without_matplotlib(files, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert call("rows.json", "--out", "order.png") == 2
+    complaint(capsys, "pip install matplotlib")
+
+
+@pytest.mark.parametrize(
+    "text, argv, message",
+    [
+        ("[]", "bad.json", "bad.json holds no row"),
+        ("{}", "bad.json", "bad.json line 1 is no row"),
+        ("[3]", "bad.json", "bad.json record 1 is no row"),
+        (json.dumps([ROWS[0] | {"solved": "all"}]), "bad.json", "record 1 is no row"),
+        ("", "bad.json", "bad.json is empty"),
+        ("x", "bad.json", "bad.json line 1 is not JSON"),
+        ("[]", "none.json", "cannot read none.json"),
+        ("[]", "rows.json --out no/order.png", "cannot write no/order.png"),
+        ("[]", "rows.json --out order.xyz", "cannot write order.xyz .*: give .*png"),
+        ("[]", "", "rows"),
+    ],
+)
+def test_mistakes(text, argv, message, files, capsys):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    (files / "bad.json").write_text(text)
+    before = sorted(files.iterdir())
+    assert call(*argv.split()) == 2
+    complaint(capsys, message)
+    assert sorted(files.iterdir()) == before

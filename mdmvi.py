@@ -276,7 +276,7 @@ def draw_path(log_alpha, canvas, steps, tau, generator=None, max_steps=None):
 # ------------------------------------------------------------------------------------------------
 
 
-def at_least_one(**values):
+def check_counts(**values):
     """Raise ValueError for the first of the named values that is below 1."""
     for name, value in values.items():
         if value < 1:
@@ -369,7 +369,7 @@ def order_loss(denoiser, policy, posterior, tokens, canvas, budget, tau, paths, 
 
 
 def check_order_arguments(tau, **counts):
-    at_least_one(**counts)
+    check_counts(**counts)
     if not tau > 0:
         raise ValueError(f"tau is {tau}: it must be above 0")
 
@@ -504,7 +504,7 @@ def generate(
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"unknown strategy {strategy!r}: choose from {', '.join(STRATEGIES)}")
-    at_least_one(budget=budget)
+    check_counts(budget=budget)
     if strategy == "learned" and policy is None:
         raise ValueError("strategy 'learned' needs a policy")
     if eos_aware and strategy not in CONFIDENCE_RULES:
@@ -597,11 +597,10 @@ class RunPolicy(UnmaskPolicy):
         return log_pi - log_one_minus(log_pi)
 
 
-def canvas_places(canvas):
-    """Where each row's canvas lies: (position int64 [B, L], used bool [B, L]), L of the longest."""
-    length = canvas.sum(1, keepdim=True)
-    position = canvas.int().argsort(dim=1, descending=True, stable=True)[:, : int(length.max())]
-    return position, torch.arange(position.shape[1], device=canvas.device) < length
+def canvas_places(canvas, L):
+    """Where the canvas of each row lies: (position int64 [B, L], used bool [B, L])."""
+    position = canvas.int().argsort(dim=1, descending=True, stable=True)[:, :L]
+    return position, torch.arange(L, device=canvas.device) < canvas.sum(1, keepdim=True)
 
 
 @torch.no_grad()
@@ -611,24 +610,26 @@ def run_values(denoiser, tokens, canvas):
     Entry [:, i, j] is for the places i .. j - 1 of known solutions, revealed together after all
     before i.
     """
-    position, _ = canvas_places(canvas)
+    L = int(canvas.sum(1).max())
+    position, _ = canvas_places(canvas, L)
     before, values = canvas.cumsum(1) - 1, []
-    for i in range(position.shape[1]):
+    for i in range(L):
         log_p, _ = token_log_prob(denoiser, tokens, canvas & (before >= i))
         values.append(log_p.gather(1, position).cumsum(1))
     return F.pad(torch.stack(values, 1), (1, 0))
 
 
 def run_loss(posterior, tokens, canvas, values, budget, price=0.3):
-    """Minus the expected log p_theta of a solution in runs that a `RunPosterior` cuts, nats per
-    canvas token (scalar), less `price` nats a step. values: as `run_values` returns them.
+    """Minus the expected log p_theta of a solution in runs, `price` nats taken for each step, in
+    nats per canvas token (scalar): it teaches a `RunPosterior` where to cut.
 
-    The cuts are independent here, and the expectation over all of them is exact: V_t(i), what can
-    be had from place i on in t steps, is E_j [values(i, j) - price + V_{t-1}(j)].
+    values: as `run_values` returns them. Cuts are drawn one by one from sigmoid(scores), not yet
+    sharpened; the mean over all cuts is exact. V_t(i), what can be had from place i on in t steps,
+    is E_j [values(i, j) - price + V_{t-1}(j)]. What no network can foretell from x_0 averages out.
     """
-    at_least_one(budget=budget)
+    check_counts(budget=budget)
     L, values = values.shape[1], values - price
-    position, used = canvas_places(canvas)
+    position, used = canvas_places(canvas, L)
     scores = posterior.scores(tokens, canvas).squeeze(-1)
     scores = scores.gather(1, position).masked_fill(~used, -30.0)
     # log P(a run from i ends before j): no cut at i + 1 .. j - 1, then one at j, or the end
@@ -687,7 +688,7 @@ def importance_order_loss(
     return -elbo, {"elbo": elbo.detach(), "kl": (kl / length).mean()}
 
 
-def order_groups(denoiser, policy, posterior, lr=1e-3, policy_lr=1e-2, posterior_lr=1e-3):
+def order_groups(denoiser, policy, posterior, lr=1e-3, policy_lr=3e-3, posterior_lr=3e-4):
     """Parameter groups of stage 2 for any optimiser, a network each, with its peak learning rate.
 
     "params" are pairs (name, parameter), as torch's optimisers take them. A frozen denoiser (or one

@@ -60,15 +60,15 @@ class Args:
     init: str = None  # start from smdm-170m, or a folder with SMDM .safetensors and tokenizer.json
     max_len: int = 53  # tokens in prompt and canvas together (256 for GSM8K)
     canvas_len: int = 28  # tokens in the canvas (96 for GSM8K)
-    steps: int = 4200  # stage 1: plain steps
+    steps: int = 4000  # stage 1: plain steps
     batch: int = 32  # stage 1: sequences a step
     lr: float = 6e-3  # stage 1: peak learning rate
-    order_steps: int = 600  # stage 2: steps; the baseline sees as many sequences; 0: stage 1 only
-    order_batch: int = 8  # stage 2: problems a step
-    paths: int = 7  # stage 2: paths a problem, K
+    order_steps: int = 500  # stage 2: steps; the baseline sees as many sequences; 0: stage 1 only
+    order_batch: int = 16  # stage 2: problems a step
+    paths: int = 3  # stage 2: paths a problem, K
     order_lr: float = 1e-3  # stage 2, baseline: peak rate of the denoiser; 0 leaves it frozen
-    head_lr: float = 1e-2  # stage 2: peak rate of the policy; a tenth of it for the posterior
-    search: int = 1024  # stage 2: problems whose best runs it starts from; 0: none
+    head_lr: float = 3e-3  # stage 2: peak rate of the policy; a tenth of it for the posterior
+    search: int = 512  # stage 2: problems whose best runs it starts from; 0: none
     budget: int = 5  # stage 2: steps of generation, T
     tau: float = 0.1  # stage 2: temperature of the posterior
     orders: str = "runs"  # stage 2: runs from the left, or free ones, as in the paper
@@ -408,7 +408,7 @@ def search_orders(run, data, stop):
             values.append(mdmvi.run_values(run.denoiser, x.long(), on))
         stop_search(stop)
     values = torch.cat(values)
-    groups = mdmvi.order_groups(None, None, run.posterior, posterior_lr=args.head_lr / 3)
+    groups = mdmvi.order_groups(None, None, run.posterior, posterior_lr=args.head_lr)
     optimizers = make_optimizers(groups, args.optimizer)
     bar = tqdm(range(SEARCH_STEPS), desc="search", unit="step", mininterval=1.0)
     for step in bar:

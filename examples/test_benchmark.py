@@ -27,13 +27,13 @@ def test_every_step_and_sampler_has_a_row(capsys):
 
 def test_paper_is_one_flag_and_others_change_it():
     args = benchmark.make_args(benchmark.parse_args(["--paper", "--device", "cpu"]))
-    assert (args.size, args.batch, args.order_batch, args.accumulate) == ("170m", 256, 32, 8)
+    assert (args.size, args.batch, args.order_batch, args.accumulate) == ("170m", 256, 64, 8)
     assert (args.max_len, args.canvas_len, args.optimizer) == (256, 96, "adamw")
     args = benchmark.make_args(benchmark.parse_args(["--paper", "--batch", "8"]))
-    assert (args.batch, args.order_batch, args.accumulate) == (8, 1, 1)
+    assert (args.batch, args.order_batch, args.accumulate) == (8, 2, 1)
 
 
-@pytest.mark.parametrize("more", [["--batch", "12"], ["--canvas-len", "24"], ["--device", "no"]])
+@pytest.mark.parametrize("more", [["--batch", "10"], ["--canvas-len", "24"], ["--device", "no"]])
 def test_what_cannot_be_is_one_line(more):
     with pytest.raises(UserError):
         benchmark.parse_args(SMALL + more)

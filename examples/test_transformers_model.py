@@ -180,7 +180,7 @@ def test_orders_are_searched_and_then_the_bound_takes_over(trained, monkeypatch)
     tokens = twins(100, torch.Generator().manual_seed(0))
     transformers_model.learn_order(networks, tokens, canvas, 2, 3)
     assert losses[:2] == [("run_values", 64), ("run_values", 36)]
-    assert losses[2:] == 2 * [("run_loss", 32)] + 3 * [("importance_order_loss", 20)]
+    assert losses[2:] == 2 * [("run_loss", 32)] + 3 * [("importance_order_loss", 16)]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -21,8 +21,8 @@ from eval_gsm8k import Parser, UserError, check_device, positive, read_records, 
 
 BOTH_WAYS = {"is_causal": False, "use_cache": False}  # BERT-like models attend so anyway
 TAU = 0.1
-BATCH = 20  # problems a step
-PATHS = 2  # paths a problem
+BATCH = 16  # problems a step
+PATHS = 3  # paths a problem
 SEARCHED = 256  # problems whose best runs the posterior learns first
 SEARCH_STEPS, SEARCH_BATCH = 200, 32
 
@@ -171,7 +171,8 @@ def learn_order(networks, tokens, canvas, budget, steps, generator=None):
         return mdmvi.importance_order_loss(*data)[0]
 
     if budget > 1:
-        minimise(search, mdmvi.order_groups(None, None, posterior), SEARCH_STEPS, "search")
+        groups = mdmvi.order_groups(None, None, posterior, posterior_lr=3e-3)
+        minimise(search, groups, SEARCH_STEPS, "search")
     minimise(bound, mdmvi.order_groups(*networks), steps, "order")
 
 

@@ -2002,12 +2002,12 @@ LOSS_NAMES = ("mdm_loss", "run_loss", "importance_order_loss", "order_loss")
 @pytest.mark.parametrize(
     "more, baseline, known, importance, uniform",
     [
-        ("", [6] * 11, [64] * 3, [2] * 5, []),
+        ("", [6] * 11, [32] * 3, [2] * 5, []),
         ("--search 0", [6] * 5, [], [2] * 5, []),
-        ("--estimator uniform", [4] * 13, [64] * 3, [], [2] * 5),
+        ("--estimator uniform", [4] * 13, [32] * 3, [], [2] * 5),
         ("--estimator uniform --orders free --search 0", [4] * 5, [], [], [2] * 5),
-        ("--accumulate 2", [3] * 22, [64] * 3, [1] * 10, []),
-        ("--order-steps 1", [6] * 7, [64] * 3, [2], []),
+        ("--accumulate 2", [3] * 22, [32] * 3, [1] * 10, []),
+        ("--order-steps 1", [6] * 7, [32] * 3, [2], []),
     ],
 )
 def test_what_is_trained_on_which_flags(

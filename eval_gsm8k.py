@@ -30,7 +30,7 @@ import torch
 from tqdm import tqdm
 
 import mdmvi
-from examples import arithmetic, chains
+from examples.arithmetic import TASKS
 
 SEPARATOR = "||"  # between question and answer, as in SMDM's fine-tuning data
 VERSION = 2  # of the checkpoints
@@ -170,9 +170,6 @@ def hub_records(name, split):
             f"cannot load {name} from the hub ({reason}): go online or give a local file"
         )
     return ((f"row {i}", row) for i, row in enumerate(rows))
-
-
-EMBEDDED = {"arithmetic": arithmetic.problems, "chains": chains.problems}
 
 
 def load_gsm8k(data, answers="equations", split="train"):
@@ -663,17 +660,6 @@ def seed(text):
     return value
 
 
-def print_problems(problems, doc, argv):
-    """The command line of an embedded task: its problems as JSON lines."""
-    parser = Parser(doc)
-    parser.add_argument("--problems", type=positive, default=10, help="how many")
-    parser.add_argument("--seed", type=seed, default=0, help="seed of the draws")
-    parser.add_argument("--held-out", action="store_true", help="test problems, not training ones")
-    args = parser.parse_args(argv)
-    for problem in problems(args.problems, args.seed, args.held_out):
-        print(json.dumps(problem))
-
-
 def check_device(name):
     """Raise UserError if there is no such device; on CUDA, let fp32 products use TF32."""
     try:
@@ -691,8 +677,8 @@ def pick_problems(checkpoint, data, n):
     """The first n problems of --data, or of the held-out stream that the checkpoint goes with."""
     if data:
         return load_gsm8k(data, checkpoint["args"]["answers"], "test")[:n]
-    if checkpoint["args"]["data"] in EMBEDDED:
-        return EMBEDDED[checkpoint["args"]["data"]](n or 2000, 1, True)
+    if checkpoint["args"]["data"] in TASKS:
+        return TASKS[checkpoint["args"]["data"]](n or 2000, 1, True)
     raise UserError("this checkpoint was trained on --data: give --data here, a file or hub name")
 
 

@@ -50,7 +50,7 @@ STAGE_1 = {"answers", "size", "init", "max_len", "canvas_len"}  # may not differ
 class Args:
     """The flags of a run. The comment behind a field is its help; checkpoints keep them all."""
 
-    data: str = "arithmetic"  # or chains; a .json/.jsonl(.gz/.xz) file, folder or hub name
+    data: str = "arithmetic"  # or carries; a .json/.jsonl(.gz/.xz) file, folder or hub name
     answers: str = "equations"  # with --data: "equations" are the <<...>> notes only, or "full"
     out: str = "out"  # folder for checkpoint.pt, plain.pt, log.jsonl and results.json
     resume: bool = False  # go on from OUT/checkpoint.pt
@@ -225,8 +225,8 @@ class Run:
 def load_problems(args):
     """(training problems, held-out problems), never overlapping."""
     wanted = max(args.problems, 256)
-    if args.data in eval_gsm8k.EMBEDDED:
-        draw = eval_gsm8k.EMBEDDED[args.data]
+    if args.data in eval_gsm8k.TASKS:
+        draw = eval_gsm8k.TASKS[args.data]
         return draw(60_000, 0, False), draw(wanted, 1, True)
     problems = eval_gsm8k.load_gsm8k(args.data, args.answers)
     held_out = min(wanted, len(problems) // 10)

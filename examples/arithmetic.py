@@ -1,39 +1,32 @@
-"""Word problems whose equations may be written in any order: what train.py takes without --data.
+"""The two embedded tasks: word problems whose equations may be written in any order.
 
-    python -m examples.arithmetic --problems 5            # five training problems, as JSON lines
+    python -m examples.arithmetic --problems 5                  # as JSON lines
+    python -m examples.arithmetic --problems 5 --task carries
+    python train.py --data carries                              # the first one is the default
 
 "Ben has 52 hats. He buys 3, finds 1 and gets 2. How many hats does he have now?" has six right
 solutions, one for each order of the three changes:
 
     <<52+3=55>> <<55+1=56>> <<56+2=58>> #### 58
 
-The first change of a solution is uncertain, each later equation depends on those before it, and the
-answer is certain from the start. A problem has gains only or losses only, and its totals keep their
-tens digit, so that a small model learns the sums in minutes.
+Which change comes next is a choice, and each equation depends on all before it. A problem has gains
+only or losses only. There are 1 to 3 changes whose totals keep their tens digit, so that a small
+model learns the sums in minutes; it knows the answer at once, only the chain depends on the order.
+
+In "carries" there are 2 to 4 changes and the tens digit may change. A small model cannot add all of
+them in one pass then, so it needs its own intermediate totals, and the answer depends on the order.
 """
 
 import hashlib
 import itertools
+import json
 import random
 
 PEOPLE = {"Ann": "she", "Ben": "he", "Eva": "she", "Leo": "he", "Mia": "she", "Sam": "he"}
 PEOPLE |= {"Tom": "he", "Zoe": "she"}
 THINGS = ("pens", "cups", "mugs", "books", "hats", "toys", "plants", "lamps", "cakes", "bowls")
 VERBS = {1: ("buys", "finds", "gets"), -1: ("sells", "loses", "lends")}
-MOST = 3  # changes in a problem
 HELD_OUT = 8  # one set of numbers in eight is kept for testing
-
-
-def possible_numbers(n):
-    """All [start, change 1 .. change n] whose totals have two digits and keep the first of them."""
-    found = []
-    for changes in itertools.product(range(1, 10), repeat=n):
-        for start in range(10, 100):
-            if start % 10 + sum(changes) <= 9:
-                found.append([start, *changes])
-            if start % 10 - sum(changes) >= 0:
-                found.append([start, *(-change for change in changes)])
-    return found
 
 
 def is_held_out(numbers):
@@ -60,19 +53,25 @@ def wording(rng, start, changes):
     )
 
 
-def problems(n, seed, held_out):
-    """n dicts {question, answer, solutions} from a seeded stream; `held_out` picks the side.
+def draw_numbers(rng, n, is_possible):
+    """[start, change 1 .. change n], all gains or all losses."""
+    while True:
+        sign = rng.choice((1, -1))
+        numbers = [rng.randint(10, 99), *(sign * rng.randint(1, 9) for _ in range(n))]
+        if is_possible(numbers[0], sum(numbers)):
+            return numbers
 
-    A problem has 1 to MOST changes, the answer makes them in random order, and `solutions` are all
-    right answers. No held-out question comes twice.
+
+def draw_problems(n, seed, held_out, lengths, is_possible):
+    """n problems from a seeded stream, of as many changes as `lengths` says, about as often.
+
+    is_possible(start, total) says which numbers may be asked for; held_out picks the side.
     """
     rng, found, asked = random.Random(seed), [], set()
-    choices = [
-        [numbers for numbers in possible_numbers(k) if is_held_out(numbers) == held_out]
-        for k in range(1, MOST + 1)
-    ]
     while len(found) < n:
-        start, *changes = rng.choice(rng.choice(choices))
+        start, *changes = draw_numbers(rng, rng.choice(lengths), is_possible)
+        if is_held_out([start, *changes]) != held_out:
+            continue
         question = wording(rng, start, changes)
         if held_out and question in asked:
             continue
@@ -84,10 +83,34 @@ def problems(n, seed, held_out):
     return found
 
 
-def main(argv=None):
-    import eval_gsm8k  # which imports this file
+def problems(n, seed, held_out):
+    """n dicts {question, answer, solutions}, totals keep their tens digit; `held_out`: the side.
 
-    eval_gsm8k.print_problems(problems, __doc__, argv)
+    The answer makes the changes in random order, and `solutions` are all right answers. No held-out
+    question comes twice.
+    """
+    return draw_problems(n, seed, held_out, (1, 2, 3), lambda start, t: start // 10 == t // 10)
+
+
+def carries(n, seed, held_out):
+    """As `problems`, with more changes, and any totals of two digits."""
+    return draw_problems(n, seed, held_out, (2, 3, 4), lambda start, t: 10 <= t <= 99)
+
+
+TASKS = {"arithmetic": problems, "carries": carries}
+
+
+def main(argv=None):
+    from eval_gsm8k import Parser, positive, seed  # which imports this file
+
+    parser = Parser(__doc__)
+    parser.add_argument("--task", choices=TASKS, default="arithmetic", help="which of the two")
+    parser.add_argument("--problems", type=positive, default=10, help="how many")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of the draws")
+    parser.add_argument("--held-out", action="store_true", help="test problems, not training ones")
+    args = parser.parse_args(argv)
+    for problem in TASKS[args.task](args.problems, args.seed, args.held_out):
+        print(json.dumps(problem))
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ class Args:
     canvas_len: int = 28  # tokens in the canvas (96 for GSM8K)
     steps: int = 4000  # stage 1: plain steps
     batch: int = 32  # stage 1: sequences a step
-    lr: float = 6e-3  # stage 1: peak learning rate
+    lr: float = 2e-3  # stage 1: peak learning rate
     order_steps: int = 500  # stage 2: steps; the baseline sees as many sequences; 0: stage 1 only
     order_batch: int = 16  # stage 2: problems a step
     paths: int = 3  # stage 2: paths a problem, K

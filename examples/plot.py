@@ -70,8 +70,9 @@ def draw(rows, path):
             style = {"color": "black", "linewidth": 2.5, "zorder": 3, "markersize": 9}
         axes.plot(*zip(*sorted(set(mine))), marker="o", label=name, **{"markersize": 4, **style})
     axes.set(xlabel="average steps (forward passes)", ylabel=f"{key}, %", xscale="log")
+    axes.set_xticks(sorted({row["budget"] for row in rows}))
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter("{x:g}")
+    axes.minorticks_off()
     axes.legend(fontsize=7)
     try:
         figure.savefig(path, bbox_inches="tight", dpi=150)

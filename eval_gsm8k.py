@@ -45,7 +45,7 @@ class UserError(Exception):
 # Tokenizer: lossless; digits one token each, the marks of an equation, frequent words, else bytes
 # ------------------------------------------------------------------------------------------------
 
-SYMBOLS = (">> <<", ">> #### ", "<<", ">>", "####", "||", "+", "-", "*", "/", "=")
+SYMBOLS = (">> <<", ">> #### ", " #### ", "<<", ">>", "####", "||", "+", "-", "*", "/", "=")
 MARKS = (*SYMBOLS, *"0123456789")
 # A word takes the space before it along, and the space after it where a number follows.
 WORD = r" ?[A-Za-z]+(?: (?=[0-9]))?| ?[^\sA-Za-z0-9](?: (?=[0-9]))?|\s"
@@ -550,7 +550,7 @@ def table(rows):
 def by_length(problems, result):
     """The learned order's average steps by number of equations in the reference, as plain text."""
     lines = [("equations", "problems", "average steps", "answer %", "solved %")]
-    lengths = [problem["answer"].count("<<") for problem in problems]
+    lengths = [problem["answer"].count("=") for problem in problems]
     for n in sorted(set(lengths)):
         chosen = [i for i, length in enumerate(lengths) if length == n]
         steps, answered, solved = (

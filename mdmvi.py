@@ -146,8 +146,7 @@ class Denoiser(nn.Module):
         """hidden [..., D] -> fp32 logits [..., V]; -inf for MASK."""
         logits = self.lm_head(hidden).float()
         if self.mask_id < self.config.vocab_size:
-            is_mask = torch.arange(self.config.vocab_size, device=logits.device) == self.mask_id
-            logits = logits.masked_fill(is_mask, -math.inf)
+            logits[..., self.mask_id] = -math.inf
         return logits
 
 
@@ -213,7 +212,8 @@ class OrderPosterior(nn.Module):
     """log alpha_phi(c, x_0) below 0, [B, N], from clean tokens int64 [B, N], canvas bool [B, N].
 
     n_layer: depth of its own trunk (default: 2, or the denoiser's depth if that is less). The
-    scores start all alike, which reveals everything at once.
+    scores start apart by more than tau, as a random order: were they all alike, every rho would be
+    1, the first step would reveal everything, and later steps would have no gradient.
     """
 
     def __init__(self, config, n_layer=None):
@@ -221,18 +221,19 @@ class OrderPosterior(nn.Module):
         self.trunk = Trunk(config, min(2, config.n_layer) if n_layer is None else n_layer)
         self.on_canvas = nn.Parameter(torch.zeros(config.n_embd))  # added where the answer goes
         self.score = nn.Linear(config.n_embd, 1)
-        nn.init.zeros_(self.score.weight)
+        nn.init.normal_(self.score.weight, std=1 / math.sqrt(config.n_embd))
         nn.init.zeros_(self.score.bias)
 
     def scores(self, tokens, canvas):
-        """Real numbers [B, N, 1], before they become log alpha."""
-        return self.score(self.trunk(tokens, canvas[:, :, None] * self.on_canvas)).float()
+        """Real numbers [B, N], before they become log alpha."""
+        hidden = self.trunk(tokens, canvas[:, :, None] * self.on_canvas)
+        return self.score(hidden).squeeze(-1).float()
 
     def forward(self, tokens, canvas):
-        return F.logsigmoid(self.scores(tokens, canvas)).squeeze(-1)
+        return F.logsigmoid(self.scores(tokens, canvas))
 
 
-def log_rho(log_alpha, masked, tau):
+def reveal_log_prob(log_alpha, masked, tau):
     """log rho_i = (log alpha_i - max_{j in M_s} log alpha_j) / tau, [B, N]; 0 off the masked set.
 
     log_alpha float [B, N]; masked bool [B, N]; tau > 0. The largest masked score has exactly 0.
@@ -242,14 +243,17 @@ def log_rho(log_alpha, masked, tau):
 
 
 def log_one_minus(log_p):
-    """log(1 - exp(log_p)) for log_p <= 0; log 1e-6 with gradient 0 where p is (nearly) 1."""
+    """log(1 - exp(log_p)) for log_p <= 0; log 1e-6 with gradient 0 where p is (nearly) 1.
+
+    Where it is used for rho = 1, its factor 1 - rho is 0, so the clamp changes nothing.
+    """
     return torch.log(-torch.expm1(log_p.clamp(max=-1e-6)))
 
 
-def draw_reveal(log_r, masked, generator=None):
-    """r_s ~ q: bool [B, N], each place of `masked` (bool [B, N]) with probability exp(log_r)."""
-    u = torch.rand(log_r.shape, device=log_r.device, generator=generator)
-    return masked & (u.log() < log_r)  # log u < 0 always: rho = 1 is always revealed
+def draw_reveal(log_rho, masked, generator=None):
+    """r_s ~ q: bool [B, N], each place of `masked` (bool [B, N]) with probability exp(log_rho)."""
+    u = torch.rand(log_rho.shape, device=log_rho.device, generator=generator)
+    return masked & (u.log() < log_rho)  # log u < 0 always: rho = 1 is always revealed
 
 
 def draw_path(log_alpha, canvas, steps, tau, generator=None, max_steps=None):
@@ -263,10 +267,10 @@ def draw_path(log_alpha, canvas, steps, tau, generator=None, max_steps=None):
     masked, log_q = canvas, log_alpha.new_zeros(len(log_alpha))
     for s in range(int(steps.max()) if max_steps is None else max_steps):
         moving = masked & (s < steps)[:, None]
-        log_r = log_rho(log_alpha, moving, tau)
-        reveal = draw_reveal(log_r, moving, generator)
-        log_kept = torch.where(moving, log_one_minus(log_r), 0.0)
-        log_q = log_q + torch.where(reveal, log_r, log_kept).sum(1)
+        log_rho = reveal_log_prob(log_alpha, moving, tau)
+        reveal = draw_reveal(log_rho, moving, generator)
+        log_kept = torch.where(moving, log_one_minus(log_rho), 0.0)
+        log_q = log_q + torch.where(reveal, log_rho, log_kept).sum(1)
         masked = masked & ~reveal
     return masked, log_q
 
@@ -301,22 +305,21 @@ def mdm_loss(denoiser, tokens, canvas, generator=None):
     return -(log_p.sum(1) / t / canvas.sum(1)).mean()
 
 
-def step_bound(denoiser, policy, tokens, masked, log_r, last):
+def step_bound(denoiser, policy, tokens, masked, log_rho, last):
     """f_s of the ELBO, fp32 [B], in two parts (token_term, kl) with f_s = token_term - kl:
 
         f_s = sum_{i in M_s} [ rho_i log p_theta(x_0^i | x_s) - KL( Bern(rho_i) || Bern(pi_i) ) ]
 
     The token term is Rao-Blackwellised: the expectation over r_s is in closed form. masked bool
-    [B, N] (M_s); log_r float [B, N] is log rho; last bool [B]: the row is at s = T - 1, where rho
-    = pi = 1.
+    [B, N] (M_s); log_rho float [B, N]; last bool [B]: the row is at s = T - 1, where rho = pi = 1.
     """
     log_p, hidden = token_log_prob(denoiser, tokens, masked)
     pi_logits = policy(hidden, masked)
-    log_r = log_r.masked_fill(last[:, None], 0.0)
-    rho = log_r.exp()
+    log_rho = log_rho.masked_fill(last[:, None], 0.0)
+    rho = log_rho.exp()
     token_term = (rho * log_p).sum(1)
-    kl = rho * (log_r - F.logsigmoid(pi_logits))
-    kl = kl + (1 - rho) * (log_one_minus(log_r) - F.logsigmoid(-pi_logits))
+    kl = rho * (log_rho - F.logsigmoid(pi_logits))
+    kl = kl + (1 - rho) * (log_one_minus(log_rho) - F.logsigmoid(-pi_logits))
     return token_term, torch.where(masked & ~last[:, None], kl, 0.0).sum(1)
 
 
@@ -340,8 +343,8 @@ def path_bound(
         x.repeat_interleave(K, 0) for x in (tokens, canvas, log_alpha, s)
     )
     masked, log_q = draw_path(log_alpha, canvas, s, tau, generator, max_steps=budget - 1)
-    log_r = log_rho(log_alpha, masked, tau)
-    token_term, kl = step_bound(denoiser, policy, tokens, masked, log_r, s == budget - 1)
+    log_rho = reveal_log_prob(log_alpha, masked, tau)
+    token_term, kl = step_bound(denoiser, policy, tokens, masked, log_rho, s == budget - 1)
     f = weight[:, None] * (token_term - kl).view(B, K)
     advantage = f.detach() - leave_one_out(f.detach())
     score_term = advantage * (log_q - log_q.detach()).view(B, K)
@@ -390,14 +393,14 @@ def order_elbo(denoiser, policy, posterior, tokens, canvas, budget, tau, samples
         for s in range(budget):
             last = torch.full((len(tokens),), s == budget - 1, device=tokens.device)
             if posterior is None:
-                log_r = torch.full(tokens.shape, -math.log(budget - s), device=tokens.device)
+                log_rho = torch.full(tokens.shape, -math.log(budget - s), device=tokens.device)
                 log_p, _ = token_log_prob(denoiser, tokens, masked)
-                total += (log_r.exp() * log_p).sum(1)
+                total += (log_rho.exp() * log_p).sum(1)
             else:
-                log_r = log_rho(log_alpha, masked, tau)
-                token_term, kl = step_bound(denoiser, policy, tokens, masked, log_r, last)
+                log_rho = reveal_log_prob(log_alpha, masked, tau)
+                token_term, kl = step_bound(denoiser, policy, tokens, masked, log_rho, last)
                 total += token_term - kl
-            masked = masked & ~draw_reveal(log_r, masked, generator)
+            masked = masked & ~draw_reveal(log_rho, masked, generator)
     return total / samples
 
 
@@ -468,8 +471,10 @@ def choose_by_rule(strategy, logits, masked, steps_left, eos_id=None, generator=
 
 
 def choose_by_policy(pi_logits, masked, generator=None):
-    """r_i ~ Bern(pi_i) for i in M_s, bool [B, N]; the position of largest pi where no r_i = 1 (the
-    bound is for the model that would spend an empty step there)."""
+    """r_i ~ Bern(pi_i) for i in M_s, bool [B, N]; the position of largest pi where no r_i = 1.
+
+    The model of the bound would reveal nothing there: this saves that pass.
+    """
     u = torch.rand(masked.shape, device=masked.device, generator=generator)
     reveal = masked & (u < pi_logits.sigmoid())
     return reveal | top_1(pi_logits, masked) & ~reveal.any(1, keepdim=True)
@@ -550,7 +555,7 @@ class RunPosterior(OrderPosterior):
     A cut is a sigmoid in front of each position, sharpened by SHARPEN; log alpha is minus SPACING
     times the sum of the cuts up to a position. When each token has a number of its own, errors of
     about tau put tokens that belong together into different steps; here a run moves as one. SPACING
-    is ten tau: then even a cut that is half sure parts two runs, and the gradient of a policy that
+    is ten times the default tau: then even a cut that is half sure parts two runs, and the gradient of a policy that
     has not learned the order yet does not wash it out. It starts as a soft front from the left.
     """
 
@@ -558,10 +563,11 @@ class RunPosterior(OrderPosterior):
 
     def __init__(self, config, n_layer=None):
         super().__init__(config, n_layer)
+        nn.init.zeros_(self.score.weight)
         nn.init.constant_(self.score.bias, -2.2)  # rho falls to 1 / e over eight positions
 
     def forward(self, tokens, canvas):
-        cut = (self.SHARPEN * self.scores(tokens, canvas)).sigmoid().squeeze(-1)
+        cut = (self.SHARPEN * self.scores(tokens, canvas)).sigmoid()
         return -self.SPACING * (cut * canvas).cumsum(1)
 
     def start_from(self, denoiser):
@@ -592,9 +598,9 @@ class RunPolicy(UnmaskPolicy):
 
     def forward(self, hidden, masked):
         hidden = self.block(hidden + masked[:, :, None] * self.if_masked)
-        log_u = F.logsigmoid(super().forward(hidden, masked))
-        log_pi = log_u.masked_fill(~masked, 0.0).cumsum(1)
-        return log_pi - log_one_minus(log_pi)
+        log_go_on = F.logsigmoid(super().forward(hidden, masked))
+        log_pi = log_go_on.masked_fill(~masked, 0.0).cumsum(1)
+        return log_pi - log_one_minus(log_pi)  # the logit of pi
 
 
 def canvas_places(canvas, L):
@@ -626,12 +632,13 @@ def run_loss(posterior, tokens, canvas, values, budget, price=0.3):
     values: as `run_values` returns them. Cuts are drawn one by one from sigmoid(scores), not yet
     sharpened; the mean over all cuts is exact. V_t(i), what can be had from place i on in t steps,
     is E_j [values(i, j) - price + V_{t-1}(j)]. What no network can foretell from x_0 averages out.
+    Raises ValueError on a budget below 2.
     """
-    check_counts(budget=budget)
+    if budget < 2:
+        raise ValueError(f"budget is {budget}: with one step there is nothing to cut")
     L, values = values.shape[1], values - price
     position, used = canvas_places(canvas, L)
-    scores = posterior.scores(tokens, canvas).squeeze(-1)
-    scores = scores.gather(1, position).masked_fill(~used, -30.0)
+    scores = posterior.scores(tokens, canvas).gather(1, position).masked_fill(~used, -30.0)
     # log P(a run from i ends before j): no cut at i + 1 .. j - 1, then one at j, or the end
     keep, cut = F.pad(F.logsigmoid(-scores).cumsum(1), (1, 0)), F.pad(F.logsigmoid(scores), (0, 1))
     ends = torch.ones_like(values[0], dtype=torch.bool).triu(1)
@@ -655,7 +662,7 @@ def draw_step(log_alpha, canvas, budget, tau, paths, generator=None):
     log_alpha = log_alpha.repeat_interleave(paths, 0)
     busy = []
     for _ in range(budget - 1):
-        masked = masked & ~draw_reveal(log_rho(log_alpha, masked, tau), masked, generator)
+        masked = masked & ~draw_reveal(reveal_log_prob(log_alpha, masked, tau), masked, generator)
         busy.append(masked.any(1))
     busy = torch.stack(busy, 1).view(-1, paths, budget - 1).float().mean(1) + 1e-6
     p = 0.8 * busy / busy.sum(1, keepdim=True) + 0.2 / (budget - 1)
@@ -674,9 +681,9 @@ def importance_order_loss(
     """
     check_order_arguments(tau, budget=budget, paths=paths)
     log_alpha, length = posterior(tokens, canvas), canvas.sum(1)
-    log_r = log_rho(log_alpha, canvas, tau)
+    log_rho = reveal_log_prob(log_alpha, canvas, tau)
     last = torch.full_like(length, budget == 1, dtype=torch.bool)
-    token_term, kl = step_bound(denoiser, policy, tokens, canvas, log_r, last)
+    token_term, kl = step_bound(denoiser, policy, tokens, canvas, log_rho, last)
     value, kl = token_term - kl, kl.detach()
     if budget > 1:
         s, p = draw_step(log_alpha, canvas, budget, tau, paths, generator)
@@ -712,8 +719,8 @@ def order_groups(denoiser, policy, posterior, lr=1e-3, policy_lr=3e-3, posterior
 def update(optimizers, step, steps, end=0.1):
     """One update after backward(), for groups as `order_groups` makes them, at `step` of `steps`.
 
-    Each network's gradient is clipped to norm 1 by itself: the posterior's is seldom the largest,
-    but then by far. The rate warms up over the group's share of the steps and falls along a
+    Each network's gradient is clipped to norm 1 by itself: the posterior's is now and then by far
+    the largest, and clipped together it would shrink the others'. The rate warms up over the group's share of the steps and falls along a
     cosine to `end` of its peak.
     """
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]

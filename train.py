@@ -58,8 +58,8 @@ class Args:
     seed: int = 0  # seed of the weights and of every draw
     size: str = "small"  # shape of the model: tiny, small, 6m or 170m
     init: str = None  # start from smdm-170m, or a folder with SMDM .safetensors and tokenizer.json
-    max_len: int = 53  # tokens in prompt and canvas together (256 for GSM8K)
-    canvas_len: int = 28  # tokens in the canvas (96 for GSM8K)
+    max_len: int = 54  # tokens in prompt and canvas together (256 for GSM8K)
+    canvas_len: int = 26  # tokens in the canvas (96 for GSM8K)
     steps: int = 4000  # stage 1: plain steps
     batch: int = 32  # stage 1: sequences a step
     lr: float = 2e-3  # stage 1: peak learning rate
@@ -67,7 +67,7 @@ class Args:
     order_batch: int = 16  # stage 2: problems a step
     paths: int = 3  # stage 2: paths a problem, K
     order_lr: float = 1e-3  # stage 2, baseline: peak rate of the denoiser; 0 leaves it frozen
-    head_lr: float = 3e-3  # stage 2: peak rate of the policy; a tenth of it for the posterior
+    head_lr: float = 3e-3  # stage 2: peak rate of the policy and the search; posterior: a tenth
     search: int = 512  # stage 2: problems whose best runs it starts from; 0: none
     budget: int = 5  # stage 2: steps of generation, T
     tau: float = 0.1  # stage 2: temperature of the posterior
@@ -88,7 +88,7 @@ CHOICES = {
     "estimator": ("importance", "uniform"),
     "optimizer": ("muon", "adamw"),
 }
-AT_LEAST_0 = ("seed", "order_steps", "search", "problems", "lr", "order_lr", "head_lr", "end_lr")
+AT_LEAST_0 = ("seed", "order_steps", "search", "problems")
 
 
 def parse_args(argv=None):
@@ -295,12 +295,11 @@ def pick(data, n, generator):
 def stage_loss(run, stage, data, n):
     """(loss, stats) of a stage, on n problems drawn from data = (tokens, canvas)."""
     args, generator = run.args, run.generator
+    tokens, canvas = pick(data, n, generator)
     if stage != "order":
         denoiser = run.denoiser if stage == "plain" else run.plain
-        tokens, canvas = pick(data, n, generator)
         return mdmvi.mdm_loss(denoiser, tokens.long(), canvas, generator), {}
     networks = (run.denoiser, run.policy, run.posterior)
-    tokens, canvas = pick(data, n, generator)
     estimator = {"importance": mdmvi.importance_order_loss, "uniform": mdmvi.order_loss}
     return estimator[args.estimator](
         *networks, tokens.long(), canvas, args.budget, args.tau, args.paths, generator
@@ -526,6 +525,7 @@ def main(argv=None):
         if (run.stage, run.step) != ("order", 0):
             raise UserError(f"{args.start} is no plain.pt: give the file as it was before stage 2")
         run.generator.manual_seed(args.seed)
+        run.save(out / "checkpoint.pt")
     stop = []
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130) if stop else stop.append(1))
     train(run, data, stop)

@@ -411,8 +411,15 @@ def mcnemar(first, second):
     return min(1.0, 2 * tail / 2 ** (wins + losses))
 
 
+def after_mark(text):
+    return text.rpartition("####")[2].strip()
+
+
 def is_answered(text, problem):
-    right = final_number(problem.get("reference", problem["answer"]))
+    """Is what stands after #### right: as in one of the solutions, or the reference's number?"""
+    if "solutions" in problem:
+        return "####" in text and after_mark(text) in map(after_mark, problem["solutions"])
+    right = final_number(problem["reference"])
     return final_number(text) is not None and final_number(text) == right
 
 

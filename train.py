@@ -50,7 +50,7 @@ STAGE_1 = {"answers", "size", "init", "max_len", "canvas_len"}  # may not differ
 class Args:
     """The flags of a run. The comment behind a field is its help; checkpoints keep them all."""
 
-    data: str = "arithmetic"  # or carries; a .json/.jsonl(.gz/.xz) file, folder or hub name
+    data: str = "shopping"  # or carries; a .json/.jsonl(.gz/.xz) file, folder or hub name
     answers: str = "equations"  # with --data: "equations" are the <<...>> notes only, or "full"
     out: str = "out"  # folder for checkpoint.pt, plain.pt, log.jsonl and results.json
     resume: bool = False  # go on from OUT/checkpoint.pt
@@ -58,9 +58,9 @@ class Args:
     seed: int = 0  # seed of the weights and of every draw
     size: str = "small"  # shape of the model: tiny, small, 6m or 170m
     init: str = None  # start from smdm-170m, or a folder with SMDM .safetensors and tokenizer.json
-    max_len: int = 54  # tokens in prompt and canvas together (256 for GSM8K)
-    canvas_len: int = 26  # tokens in the canvas (96 for GSM8K)
-    steps: int = 4000  # stage 1: plain steps
+    max_len: int = 59  # tokens in prompt and canvas together (256 for GSM8K)
+    canvas_len: int = 27  # tokens in the canvas (96 for GSM8K)
+    steps: int = 5000  # stage 1: plain steps
     batch: int = 32  # stage 1: sequences a step
     lr: float = 2e-3  # stage 1: peak learning rate
     order_steps: int = 500  # stage 2: steps; the baseline sees as many sequences; 0: stage 1 only

@@ -39,7 +39,7 @@ PEAKS = {
     "RTX 4090": 165e12,
     "RTX 3090": 71e12,
 }
-DEFAULT = {"size": "small", "batch": 64, "max_len": 54, "canvas_len": 26, "vocab": 314}
+DEFAULT = {"size": "small", "batch": 64, "max_len": 59, "canvas_len": 27, "vocab": 321}
 PAPER = {"size": "170m", "batch": 256, "max_len": 256, "canvas_len": 96, "vocab": 32_000}
 STAGES = ("plain", "order")
 PATHS = 3  # paths a problem: four passes, as a step of stage 2 takes them
@@ -53,8 +53,8 @@ def parse_args(argv=None):
     add("--paper", action="store_true", help="170m, 256 tokens, canvas 96, batch 256, AdamW")
     add("--size", choices=tuple(train.SIZES), help="shape of the model (small)")
     add("--batch", type=positive, help="sequences in a step of either stage (64)")
-    add("--max-len", type=positive, help="tokens in a sequence (54)")
-    add("--canvas-len", type=positive, help="tokens of it in the canvas (26)")
+    add("--max-len", type=positive, help="tokens in a sequence (59)")
+    add("--canvas-len", type=positive, help="tokens of it in the canvas (27)")
     add("--vocab", type=positive, help="tokens in the vocabulary (316)")
     add("--budget", type=positive, default=5, help="steps of generation")
     add("--device", default="cuda" if gpu else "cpu", help="cpu, cuda, cuda:1, ...")

@@ -280,11 +280,11 @@ def draw_path(log_alpha, canvas, steps, tau, generator=None, max_steps=None):
 # ------------------------------------------------------------------------------------------------
 
 
-def check_counts(**values):
-    """Raise ValueError for the first of the named values that is below 1."""
+def check_positive(**values):
+    """Raise ValueError for the first of the named values that is not above 0."""
     for name, value in values.items():
-        if value < 1:
-            raise ValueError(f"{name} is {value}: it must be at least 1")
+        if not value > 0:
+            raise ValueError(f"{name} is {value}: it must be above 0")
 
 
 def stratified_uniform(n, device, generator=None):
@@ -359,7 +359,7 @@ def order_loss(denoiser, policy, posterior, tokens, canvas, budget, tau, paths, 
     stats: dict of detached scalars, elbo and kl in nats per canvas token). Raises ValueError on a
     budget or paths below 1, or tau not above 0.
     """
-    check_order_arguments(tau, budget=budget, paths=paths)
+    check_positive(budget=budget, tau=tau, paths=paths)
     u = stratified_uniform(len(tokens), tokens.device, generator)
     s = (u * budget).long().clamp(max=budget - 1)
     weight = torch.full_like(u, float(budget))
@@ -371,12 +371,6 @@ def order_loss(denoiser, policy, posterior, tokens, canvas, budget, tau, paths, 
     return -elbo, {"elbo": elbo.detach(), "kl": (kl / length).mean()}
 
 
-def check_order_arguments(tau, **counts):
-    check_counts(**counts)
-    if not tau > 0:
-        raise ValueError(f"tau is {tau}: it must be above 0")
-
-
 @torch.no_grad()
 def order_elbo(denoiser, policy, posterior, tokens, canvas, budget, tau, samples, generator=None):
     """Monte Carlo estimate [B] (nats per sequence) of the ELBO, over `samples` full paths.
@@ -385,7 +379,7 @@ def order_elbo(denoiser, policy, posterior, tokens, canvas, budget, tau, samples
     every token picks its step uniformly (rho_i = pi_i = 1 / (T - s), so KL = 0). Takes samples *
     T passes. Raises ValueError on a budget or samples below 1, or tau not above 0.
     """
-    check_order_arguments(tau, budget=budget, samples=samples)
+    check_positive(budget=budget, tau=tau, samples=samples)
     total = torch.zeros(len(tokens), device=tokens.device)
     log_alpha = None if posterior is None else posterior(tokens, canvas)
     for _ in range(samples):
@@ -509,7 +503,7 @@ def generate(
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"unknown strategy {strategy!r}: choose from {', '.join(STRATEGIES)}")
-    check_counts(budget=budget)
+    check_positive(budget=budget)
     if strategy == "learned" and policy is None:
         raise ValueError("strategy 'learned' needs a policy")
     if eos_aware and strategy not in CONFIDENCE_RULES:
@@ -555,8 +549,9 @@ class RunPosterior(OrderPosterior):
     A cut is a sigmoid in front of each position, sharpened by SHARPEN; log alpha is minus SPACING
     times the sum of the cuts up to a position. When each token has a number of its own, errors of
     about tau put tokens that belong together into different steps; here a run moves as one. SPACING
-    is ten times the default tau: then even a cut that is half sure parts two runs, and the gradient of a policy that
-    has not learned the order yet does not wash it out. It starts as a soft front from the left.
+    is ten times the default tau: then even a cut that is half sure parts two runs, and the gradient
+    of a policy that has not learned the order yet does not wash it out. It starts as a soft front
+    from the left.
     """
 
     SPACING, SHARPEN = 1.0, 2.0
@@ -679,7 +674,7 @@ def importance_order_loss(
     All paths of a problem begin with the full canvas, so f_0 takes one pass and is exact. One later
     step s is drawn by `draw_step`. Arguments, result and errors as for `order_loss`.
     """
-    check_order_arguments(tau, budget=budget, paths=paths)
+    check_positive(budget=budget, tau=tau, paths=paths)
     log_alpha, length = posterior(tokens, canvas), canvas.sum(1)
     log_rho = reveal_log_prob(log_alpha, canvas, tau)
     last = torch.full_like(length, budget == 1, dtype=torch.bool)
@@ -720,8 +715,8 @@ def update(optimizers, step, steps, end=0.1):
     """One update after backward(), for groups as `order_groups` makes them, at `step` of `steps`.
 
     Each network's gradient is clipped to norm 1 by itself: the posterior's is now and then by far
-    the largest, and clipped together it would shrink the others'. The rate warms up over the group's share of the steps and falls along a
-    cosine to `end` of its peak.
+    the largest, and clipped together it would shrink the others'. The rate warms up over the
+    group's share of the steps and falls along a cosine to `end` of its peak.
     """
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     for name in {group["network"] for group in groups}:

@@ -1,6 +1,6 @@
 """Generate for one prompt and show the order: the canvas after each step, or a page of it.
 
-    python sample.py "Ben has 52 hats. He buys 3 and finds 1. How many hats does he have now?"
+    python sample.py "Ben has 52 euros. [...] He buys two. Which, and what is left?"
     python sample.py --strategy learned left_to_right top_prob+eos --html order.html < prompt.txt
 
 What a step reveals stands in brackets, "_" is still masked, a dot is EOS.

@@ -44,9 +44,9 @@ def is_held_out(numbers):
 def draw_problems(n, seed, held_out, draw_numbers, tell):
     """n dicts {question, answer, solutions} from a seeded stream; `held_out` picks the side.
 
-    draw_numbers(rng) -> what the split goes by; tell(rng, numbers) -> (question, choices, k, write):
-    write(order) is a solution for each order of k of the choices. The answer is one of them, drawn
-    evenly, and `solutions` are all. No held-out question comes twice.
+    draw_numbers(rng) -> what the split goes by. tell(rng, numbers) -> (question, choices, k,
+    write): write(order) is a solution for each order of k of the choices. The answer is one of
+    them, drawn evenly, and `solutions` are all. No held-out question comes twice.
     """
     rng, found, asked = random.Random(seed), [], set()
     while len(found) < n:
@@ -96,7 +96,7 @@ def tell_shopping(rng, numbers):
 
 
 def gains_or_losses(rng):
-    """[start, change 1 .. change k], k from 2 to 4, all gains or all losses, of two-digit totals."""
+    """[start, change 1 .. change k], k from 2 to 4, gains only or losses only, two-digit totals."""
     k = rng.choice((2, 3, 4))
     while True:
         sign = rng.choice((1, -1))

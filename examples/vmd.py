@@ -112,7 +112,7 @@ def random_steps_loss(denoiser, tokens, canvas, budget, generator=None):
     probability 1 / (T - s) = 1 / (t T): mdmvi.mdm_loss, with t of 1/T, 2/T .. 1 only. Raises
     ValueError on a budget below 1.
     """
-    mdmvi.check_counts(budget=budget)
+    mdmvi.check_positive(budget=budget)
     t = 1.0 - mdmvi.stratified_uniform(len(tokens), tokens.device, generator)
     t = (t * budget).ceil() / budget
     u = torch.rand(tokens.shape, device=tokens.device, generator=generator)
@@ -150,7 +150,7 @@ def vmd_elbo(denoiser, policy, posterior, tokens, canvas, budget, tau, samples, 
 
     With policy and posterior None it is the bound that `vmd_loss` trains.
     """
-    mdmvi.check_counts(samples=samples)
+    mdmvi.check_positive(samples=samples)
     total = 0.0
     for _ in range(samples):
         z, kl = draw_latent(denoiser.encoder, tokens, canvas, generator)
@@ -175,7 +175,7 @@ def generate(
     Finished rows stay in the batch, so that rows and z go together. Returns an mdmvi.Generation.
     Raises ValueError on an unknown strategy, a budget below 1, or "learned" without a policy.
     """
-    mdmvi.check_counts(budget=budget)
+    mdmvi.check_positive(budget=budget)
     if strategy not in mdmvi.STRATEGIES or (strategy == "learned" and policy is None):
         raise ValueError(f"strategy {strategy!r} is unknown, or needs a policy")
     z = torch.randn(len(tokens), denoiser.latent_dim, device=tokens.device, generator=generator)

@@ -1945,6 +1945,20 @@ def test_another_budget_starts_from_stage_1(trained, tmp_path):
     assert alike(tmp_path / "b" / "checkpoint.pt", tmp_path / "c" / "checkpoint.pt")
 
 
+def test_a_stop_in_the_search_after_start_can_be_resumed(trained, tmp_path, monkeypatch):
+    start = [*flags(trained), "--start", trained / "out" / "plain.pt"]
+    assert call(train, *start, "--out", tmp_path / "whole") == 0
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mdmvi, "run_values", interrupted)
+        assert call(train, *start, "--out", tmp_path / "cut") == 130
+    assert call(train, *flags(trained), "--resume", "--out", tmp_path / "cut") == 0
+    assert alike(tmp_path / "whole" / "checkpoint.pt", tmp_path / "cut" / "checkpoint.pt")
+
+
 def test_another_seed_for_stage_2_of_the_embedded_task(tmp_path, few_problems):
     short = [*SHORT, *["--size", "tiny", "--steps", "1", "--order-steps", "2"]]
     assert call(train, *short, "--out", tmp_path / "a") == 0

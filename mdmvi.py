@@ -534,8 +534,7 @@ def generate(
 
 
 # ------------------------------------------------------------------------------------------------
-# 5. Beyond the paper. Free scores that start alike find no good order in a short training. What
-#    helps:
+# 5. Beyond the paper. Free scores find no good order in a short training. What helps:
 #      RunPosterior, RunPolicy   an order is a cut of the canvas into runs, from the left
 #      run_values, run_loss      the best cuts under the denoiser, by dynamic programming
 #      importance_order_loss     f_0 exact, a later step drawn where paths go on: less variance

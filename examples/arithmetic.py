@@ -1,8 +1,7 @@
 """The two embedded tasks: word problems with many right solutions, and a strict checker.
 
-    python -m examples.arithmetic --problems 5                  # as JSON lines
-    python -m examples.arithmetic --problems 5 --task carries
-    python train.py --data carries                              # the first one is the default
+    python -m examples.arithmetic --problems 5                  # shopping, train.py's default
+    python -m examples.arithmetic --problems 5 --task carries   # how to train on it: README.md
 
 "shopping": "Ben has 52 euros. In the shop are hats for 3, 1, 6 and 2. He buys two. Which, and what
 is left?" has twelve right solutions, one for each choice and its order, among them

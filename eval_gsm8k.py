@@ -412,6 +412,7 @@ def mcnemar(first, second):
 
 
 def after_mark(text):
+    """What stands after the last ####, or all of the text."""
     return text.rpartition("####")[2].strip()
 
 
@@ -557,7 +558,8 @@ def table(rows):
 def by_length(problems, result):
     """The learned order's average steps by number of equations in the reference, as plain text."""
     lines = [("equations", "problems", "average steps", "answer %", "solved %")]
-    lengths = [problem["answer"].count("=") for problem in problems]
+    answers = [problem["answer"] for problem in problems]
+    lengths = [answer.count("<<") or answer.count("=") for answer in answers]  # prose has = too
     for n in sorted(set(lengths)):
         chosen = [i for i, length in enumerate(lengths) if length == n]
         steps, answered, solved = (

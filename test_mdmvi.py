@@ -1657,7 +1657,8 @@ def test_table():
 
 
 def test_by_length():
-    problems = [{"answer": "1+1=2" * n} for n in (2, 1, 2, 0)]
+    answers = ("1+1=2+1=3 #### 3", "1+1 = <<1+1=2>>2", "<<1+1=2>> <<2+1=3>> #### 3", "#### 1")
+    problems = [{"answer": answer} for answer in answers]
     steps, answered, solved = [3, 1, 4, 1], [True, True, False, True], [False, True, False, False]
     result = {"steps": steps, "answered": answered, "solved": solved, "texts": [], "seconds": 1}
     lines = eval_gsm8k.by_length(problems, result).split("\n")[1:]

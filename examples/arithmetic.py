@@ -13,12 +13,13 @@ that are open and depend on each other cannot be revealed together, so the answe
 order of the tokens. One to three things are bought.
 
 "carries": "Ben has 52 hats. He buys 3, finds 1 and gets 9. How many hats does he have now?" has six
-right solutions, one for each order of the two to four changes, written as GSM8K's notes are:
+right solutions, one for each order of its changes, written as GSM8K's notes are:
 
     <<52+3=55>> <<55+1=56>> <<56+9=65>> #### 65
 
-The answer is the same for all, but a small model cannot add that many numbers in one pass: it needs
-its own totals, each of which depends on the one before it. The sums take it half an hour to learn.
+There are two to four changes. The answer is the same for all orders, but a small model cannot add
+that many numbers in one pass: it needs its own totals, each of which depends on the one before it.
+The sums take half an hour to learn.
 """
 
 import hashlib
@@ -123,10 +124,12 @@ def tell_changes(rng, numbers):
 
 
 def shopping(n, seed, held_out):
+    """n problems of shopping, see `draw_problems`."""
     return draw_problems(n, seed, held_out, euros_and_prices, tell_shopping)
 
 
 def carries(n, seed, held_out):
+    """n problems of carries, see `draw_problems`."""
     return draw_problems(n, seed, held_out, gains_or_losses, tell_changes)
 
 

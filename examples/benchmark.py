@@ -55,7 +55,7 @@ def parse_args(argv=None):
     add("--batch", type=positive, help="sequences in a step of either stage (64)")
     add("--max-len", type=positive, help="tokens in a sequence (59)")
     add("--canvas-len", type=positive, help="tokens of it in the canvas (27)")
-    add("--vocab", type=positive, help="tokens in the vocabulary (316)")
+    add("--vocab", type=positive, help="tokens in the vocabulary (321)")
     add("--budget", type=positive, default=5, help="steps of generation")
     add("--device", default="cuda" if gpu else "cpu", help="cpu, cuda, cuda:1, ...")
     add("--compile", action=BooleanOptionalAction, default=gpu, help="torch.compile the passes")

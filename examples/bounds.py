@@ -16,7 +16,7 @@ import eval_gsm8k
 import mdmvi
 from eval_gsm8k import Parser, UserError, positive, run_main, seed
 
-RULES = ("top_prob", "top_prob_margin", "entropy", "threshold", "left_to_right")  # none draws
+RULES = (*mdmvi.CONFIDENCE_RULES, "left_to_right")  # none of them draws
 
 
 @torch.no_grad()

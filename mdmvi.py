@@ -211,14 +211,14 @@ def token_log_prob(denoiser, tokens, masked):
 class OrderPosterior(nn.Module):
     """log alpha_phi(c, x_0) below 0, [B, N], from clean tokens int64 [B, N], canvas bool [B, N].
 
-    n_layer: depth of its own trunk (default: 2, or the denoiser's depth if that is less). The
-    scores start apart by more than tau, as a random order: were they all alike, every rho would be
-    1, the first step would reveal everything, and later steps would have no gradient.
+    It has a trunk of its own, at most two blocks deep. The scores start apart by more than tau, as
+    a random order: were they all alike, every rho would be 1, the first step would reveal
+    everything, and later steps would have no gradient.
     """
 
-    def __init__(self, config, n_layer=None):
+    def __init__(self, config):
         super().__init__()
-        self.trunk = Trunk(config, min(2, config.n_layer) if n_layer is None else n_layer)
+        self.trunk = Trunk(config, min(2, config.n_layer))
         self.on_canvas = nn.Parameter(torch.zeros(config.n_embd))  # added where the answer goes
         self.score = nn.Linear(config.n_embd, 1)
         nn.init.normal_(self.score.weight, std=1 / math.sqrt(config.n_embd))
@@ -256,16 +256,16 @@ def draw_reveal(log_rho, masked, generator=None):
     return masked & (u.log() < log_rho)  # log u < 0 always: rho = 1 is always revealed
 
 
-def draw_path(log_alpha, canvas, steps, tau, generator=None, max_steps=None):
+def draw_path(log_alpha, canvas, steps, max_steps, tau, generator=None):
     """Draw M_steps ~ q by revealing `steps` times from the full canvas, with no network call.
 
-    log_alpha float [B, N]; canvas bool [B, N]; steps int64 [B], how many steps each row takes.
-    max_steps: a bound on `steps` known on the host, so that nothing waits for a GPU.
+    log_alpha float [B, N]; canvas bool [B, N]; steps int64 [B], how many steps each row takes, at
+    most max_steps, an int: the host knows it, so that nothing waits for a GPU.
     Returns (masked bool [B, N], what is still hidden; log q(r_0 .. r_{steps-1} | x_0) [B], with its
     gradient in log_alpha).
     """
     masked, log_q = canvas, log_alpha.new_zeros(len(log_alpha))
-    for s in range(int(steps.max()) if max_steps is None else max_steps):
+    for s in range(max_steps):
         moving = masked & (s < steps)[:, None]
         log_rho = reveal_log_prob(log_alpha, moving, tau)
         reveal = draw_reveal(log_rho, moving, generator)
@@ -342,7 +342,7 @@ def path_bound(
     tokens, canvas, log_alpha, s = (
         x.repeat_interleave(K, 0) for x in (tokens, canvas, log_alpha, s)
     )
-    masked, log_q = draw_path(log_alpha, canvas, s, tau, generator, max_steps=budget - 1)
+    masked, log_q = draw_path(log_alpha, canvas, s, budget - 1, tau, generator)
     log_rho = reveal_log_prob(log_alpha, masked, tau)
     token_term, kl = step_bound(denoiser, policy, tokens, masked, log_rho, s == budget - 1)
     f = weight[:, None] * (token_term - kl).view(B, K)
@@ -355,9 +355,9 @@ def order_loss(denoiser, policy, posterior, tokens, canvas, budget, tau, paths, 
     """Negative ELBO over orders, nats per canvas token, with its RLOO gradient, as in [F].
 
     Each x_0 gets one step s, uniform on 0 .. T-1 and stratified over the batch, and K paths up to
-    M_s: the estimate is the mean of T f_s(M_s), from B K denoiser passes. Returns (loss scalar,
-    stats: dict of detached scalars, elbo and kl in nats per canvas token). Raises ValueError on a
-    budget or paths below 1, or tau not above 0.
+    M_s: the estimate is the mean of T f_s(M_s), from B K denoiser passes. Returns (loss, kl, the
+    detached KL part of it), scalars in nats per canvas token. Raises ValueError on a budget or
+    paths below 1, or tau not above 0.
     """
     check_positive(budget=budget, tau=tau, paths=paths)
     u = stratified_uniform(len(tokens), tokens.device, generator)
@@ -367,8 +367,7 @@ def order_loss(denoiser, policy, posterior, tokens, canvas, budget, tau, paths, 
     value, kl = path_bound(
         denoiser, policy, log_alpha, tokens, canvas, s, weight, budget, tau, paths, generator
     )
-    elbo = (value / length).mean()
-    return -elbo, {"elbo": elbo.detach(), "kl": (kl / length).mean()}
+    return -(value / length).mean(), (kl / length).mean()
 
 
 @torch.no_grad()
@@ -555,8 +554,8 @@ class RunPosterior(OrderPosterior):
 
     SPACING, SHARPEN = 1.0, 2.0
 
-    def __init__(self, config, n_layer=None):
-        super().__init__(config, n_layer)
+    def __init__(self, config):
+        super().__init__(config)
         nn.init.zeros_(self.score.weight)
         nn.init.constant_(self.score.bias, -2.2)  # rho falls to 1 / e over eight positions
 
@@ -685,8 +684,7 @@ def importance_order_loss(
             denoiser, policy, log_alpha, tokens, canvas, s, 1 / p, budget, tau, paths, generator
         )
         value, kl = value + later, kl + later_kl
-    elbo = (value / length).mean()
-    return -elbo, {"elbo": elbo.detach(), "kl": (kl / length).mean()}
+    return -(value / length).mean(), (kl / length).mean()
 
 
 def order_groups(denoiser, policy, posterior, lr=1e-3, policy_lr=3e-3, posterior_lr=3e-4):

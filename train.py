@@ -293,12 +293,12 @@ def pick(data, n, generator):
 
 
 def stage_loss(run, stage, data, n):
-    """(loss, stats) of a stage, on n problems drawn from data = (tokens, canvas)."""
+    """(loss, kl or None) of a stage, on n problems drawn from data = (tokens, canvas)."""
     args, generator = run.args, run.generator
     tokens, canvas = pick(data, n, generator)
     if stage != "order":
         denoiser = run.denoiser if stage == "plain" else run.plain
-        return mdmvi.mdm_loss(denoiser, tokens.long(), canvas, generator), {}
+        return mdmvi.mdm_loss(denoiser, tokens.long(), canvas, generator), None
     networks = (run.denoiser, run.policy, run.posterior)
     estimator = {"importance": mdmvi.importance_order_loss, "uniform": mdmvi.order_loss}
     return estimator[args.estimator](
@@ -307,15 +307,15 @@ def stage_loss(run, stage, data, n):
 
 
 def train_step(run, stage, step, steps, data, n, optimizers):
-    """One update on n problems, in micro-batches: (loss, stats), still on the device."""
+    """One update on n problems, in micro-batches: (loss, kl or None), still on the device."""
     total, parts = 0.0, run.args.accumulate
     for _ in range(parts):
         with autocast(run.device):
-            loss, stats = stage_loss(run, stage, data, n // parts)
+            loss, kl = stage_loss(run, stage, data, n // parts)
         (loss / parts).backward()
         total = total + loss.detach() / parts
     mdmvi.update(optimizers, step, steps, run.args.end_lr)
-    return total, stats
+    return total, kl
 
 
 def compile_passes(run, stage, data, n):
@@ -358,7 +358,7 @@ def train_stage(run, stage, data, stop, log):
     saved, cost = time.perf_counter(), 1.0
     bar = tqdm(total=steps, initial=run.step, desc=stage, unit="step", mininterval=1.0)
     while run.step < steps:
-        loss, stats = train_step(run, stage, run.step, steps, data, n, optimizers)
+        loss, kl = train_step(run, stage, run.step, steps, data, n, optimizers)
         total, since = total + loss, since + 1
         run.step += 1
         bar.update()
@@ -373,9 +373,8 @@ def train_stage(run, stage, data, stop, log):
                 )
             rate = since / (time.perf_counter() - began)
             bar.set_postfix_str(f"loss {mean:.4f}", refresh=False)
-            numbers = {key: float(value) for key, value in stats.items()}
             row = {"stage": stage, "step": run.step, "loss": mean, "steps_per_second": rate}
-            log({**row, **numbers})
+            log(row if kl is None else {**row, "kl": float(kl)})
             total, since, began = 0.0, 0, time.perf_counter()
         if saving:
             start = time.perf_counter()

@@ -1,11 +1,15 @@
 """Bounds on the log-probability of given solutions, in nats a canvas token: the learned order,
-uniform ones, and fixed rules.
+uniform ones, fixed rules, and the best that an order of runs could have.
 
-    python -m examples.bounds --checkpoint out/checkpoint.pt                  # embedded problems
+    python -m examples.bounds                       # embedded problems, out/checkpoint.pt
     python -m examples.bounds --checkpoint out5/checkpoint.pt --data test.jsonl
+    python -m examples.bounds --checkpoint out/plain.pt      # before stage 2: can an order win?
 
 A rule that looks at x_s alone has one path to each x_0, so its bound is the log-probability of the
-tokens along that path. Intervals: 95%, bootstrap over problems.
+tokens along that path. "spread" reveals positions far from each other in equal parts: 0, then the
+middle, the quarters, the eighths. "best runs" cuts each known solution where its probability is
+highest: what a posterior of runs from the left may approach. Intervals: 95%, bootstrap over
+problems.
 """
 
 import torch
@@ -16,7 +20,21 @@ import eval_gsm8k
 import mdmvi
 from eval_gsm8k import Parser, UserError, positive, run_main, seed
 
-RULES = (*mdmvi.CONFIDENCE_RULES, "left_to_right")  # none of them draws
+RULES = (*mdmvi.CONFIDENCE_RULES, "left_to_right", "spread")  # none of them draws
+
+
+def spread_ranks(length):
+    """When each position comes if they are spread out: its bits in reverse, int64 [length]."""
+    position, bits = torch.arange(length), range((length - 1).bit_length())
+    return sum((position >> b & 1) << (len(bits) - 1 - b) for b in bits)
+
+
+def choose(strategy, logits, masked, steps_left):
+    """`mdmvi.choose_by_rule`, and the rule "spread"."""
+    if strategy != "spread":
+        return mdmvi.choose_by_rule(strategy, logits, masked, steps_left)
+    score = -spread_ranks(masked.shape[1]).to(masked.device).expand(masked.shape).float()
+    return mdmvi.top_k(score, masked, (masked.sum(1) + steps_left - 1) // steps_left)
 
 
 @torch.no_grad()
@@ -29,12 +47,23 @@ def rule_bound(denoiser, tokens, canvas, strategy, budget):
         if s == budget - 1:
             reveal = masked
         else:
-            reveal = mdmvi.choose_by_rule(strategy, logits, masked, budget - s)
+            reveal = choose(strategy, logits, masked, budget - s)
         log_p = -F.cross_entropy(logits, tokens[masked], reduction="none")
         spread = masked.to(log_p.dtype).masked_scatter(masked, log_p)
         total += (spread * reveal).sum(1)
         masked = masked & ~reveal
     return total
+
+
+def best_runs(denoiser, tokens, canvas, budget):
+    """log p of x_0 in its best cut into at most `budget` runs from the left, nats [B]."""
+    values = mdmvi.run_values(denoiser, tokens, canvas)
+    L = values.shape[1]
+    values = values.masked_fill(torch.ones_like(values[0]).tril().bool(), -torch.inf)
+    best = F.pad(values[:, :, L], (0, 1))  # from each place on, in one run
+    for _ in range(budget - 1):
+        best = F.pad((values + best[:, None]).amax(2), (0, 1))
+    return best[:, 0]
 
 
 def interval(nats, draws=2000):
@@ -67,8 +96,6 @@ def main(argv=None):
     eval_gsm8k.check_device(args.device)
     checkpoint = eval_gsm8k.load_checkpoint(args.checkpoint)
     models = eval_gsm8k.build_models(checkpoint, args.device)
-    if models.policy is None or models.plain is None:
-        raise UserError("this checkpoint has no learned order and baseline: give one after stage 2")
     problems = eval_gsm8k.pick_problems(checkpoint, args.data, args.problems)
     tokenizer = eval_gsm8k.tokenizer_of(checkpoint["tokenizer"])
     layout = (checkpoint["config"]["max_len"], checkpoint["config"]["canvas_len"])
@@ -79,19 +106,23 @@ def main(argv=None):
     budget, tau = checkpoint["args"]["budget"], checkpoint["args"]["tau"]
     generator = torch.Generator(args.device).manual_seed(args.seed)
 
+    plain = models.plain or models.denoiser
+
     def over_orders(denoiser, policy=None, posterior=None):
         networks, options = (denoiser, policy, posterior), (budget, tau, args.samples, generator)
         return lambda x, on: mdmvi.order_elbo(*networks, x, on, *options)
 
     def along(rule):
-        return lambda x, on: rule_bound(models.plain, x, on, rule, budget)
+        return lambda x, on: rule_bound(plain, x, on, rule, budget)
 
-    bounds = {
-        ("learned", "order"): over_orders(models.denoiser, models.policy, models.posterior),
-        ("uniform", "order"): over_orders(models.denoiser),
-        ("uniform", "plain"): over_orders(models.plain),
-        **{(rule, "plain"): along(rule) for rule in RULES},
-    }
+    bounds = {}
+    if models.policy is not None:
+        networks = (models.denoiser, models.policy, models.posterior)
+        bounds["learned", "order"] = over_orders(*networks)
+        bounds["uniform", "order"] = over_orders(models.denoiser)
+    bounds["uniform", "plain"] = over_orders(plain)
+    bounds |= {(rule, "plain"): along(rule) for rule in RULES}
+    bounds["best runs", "plain"] = lambda x, on: best_runs(plain, x, on, budget)
     lines = [("order", "model", "nats a token")]
     for (order, model), bound in bounds.items():
         nats = measure(bound, tokens, canvas, args.batch, order)

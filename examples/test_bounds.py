@@ -39,15 +39,18 @@ def test_a_rule_has_one_path_to_each_solution(rule, budget):
     assert nats.exp().std() > 0.001
 
 
-def test_left_to_right_by_hand():
-    """Two places of four in the first of two steps."""
+@pytest.mark.parametrize("rule, early", [("left_to_right", (1, 2)), ("spread", (4, 2))])
+def test_rules_by_hand(rule, early):
+    """Two places of four in the first of two steps. Spread out, positions come as 0 4 2 1 3."""
     denoiser, tokens = tiny_denoiser(), torch.tensor([[1, 2, 0, 1, 2]])
-    canvas = torch.tensor([[False, True, True, True, True]])
-    first = denoiser.logits(denoiser(torch.tensor([[1, 3, 3, 3, 3]])))[0].log_softmax(-1)
-    second = denoiser.logits(denoiser(torch.tensor([[1, 2, 0, 3, 3]])))[0].log_softmax(-1)
-    expected = first[1, 2] + first[2, 0] + second[3, 1] + second[4, 2]
-    nats = bounds.rule_bound(denoiser, tokens, canvas, "left_to_right", 2)
-    assert nats.item() == pytest.approx(expected.item(), abs=1e-5)
+    canvas, nats, x_s = torch.arange(5)[None] > 0, 0.0, torch.tensor([[1, 3, 3, 3, 3]])
+    for places in (early, {1, 2, 3, 4} - set(early)):
+        log_p = denoiser.logits(denoiser(x_s))[0].log_softmax(-1)
+        for i in places:
+            nats += log_p[i, tokens[0, i]].item()
+            x_s[0, i] = tokens[0, i]
+    found = bounds.rule_bound(denoiser, tokens, canvas, rule, 2)
+    assert found.item() == pytest.approx(nats, abs=1e-5)
 
 
 def test_interval():
@@ -55,11 +58,47 @@ def test_interval():
     assert mean == 49.5 and 42 < low < 46 and 53 < high < 57  # 1.96 standard errors are 5.7
 
 
-def test_refuses_a_checkpoint_without_orders(tmp_path, monkeypatch):
+@pytest.mark.parametrize("budget", [1, 2, 3, 4])
+def test_best_runs(budget):
+    """The best of all cuts, each by its own log-probability; canvases of three and four places."""
+    denoiser = tiny_denoiser()
+    tokens = torch.tensor([(1, *x) for x in itertools.product(range(3), repeat=4)])
+    canvas = torch.ones_like(tokens).bool()
+    canvas[:, 0] = canvas[::2, 2] = False
+    found = bounds.best_runs(denoiser, tokens, canvas, budget)
+    for x, on, nats in zip(tokens, canvas, found.tolist()):
+        places, best = on.nonzero().flatten().tolist(), -float("inf")
+        for cuts in itertools.product((0, 1), repeat=len(places) - 1):
+            starts = [0, *(k for k, cut in enumerate(cuts, 1) if cut)]
+            value = 0.0
+            for i, j in zip(starts, [*starts[1:], len(places)]):
+                x_s = x.clone()
+                x_s[places[i:]] = 3
+                log_p = denoiser.logits(denoiser(x_s[None]))[0].log_softmax(-1)
+                value += sum(log_p[k, x[k]].item() for k in places[i:j])
+            best = max(best, value) if len(starts) <= budget else best
+        assert nats == pytest.approx(best, abs=1e-4)
+
+
+@pytest.mark.parametrize("has_order", [False, True])
+def test_the_table(has_order, monkeypatch, capsys):
+    config = tiny_denoiser().config
+    checkpoint = {"args": {"budget": 2, "tau": 0.1}, "config": vars(config), "tokenizer": []}
+    policy, posterior = mdmvi.RunPolicy(config), mdmvi.RunPosterior(config)
+    plain = tiny_denoiser() if has_order else None
+    models = eval_gsm8k.Models(tiny_denoiser(), policy if has_order else None, posterior, plain)
+    tokens, canvas = torch.tensor([[1, 2, 0, 1, 2]] * 6), torch.arange(5).expand(6, 5) > 0
+    monkeypatch.setattr(eval_gsm8k, "load_checkpoint", lambda path: checkpoint)
+    monkeypatch.setattr(eval_gsm8k, "build_models", lambda checkpoint, device: models)
+    monkeypatch.setattr(eval_gsm8k, "pick_problems", lambda *args: [None] * 6)
+    monkeypatch.setattr(eval_gsm8k, "encode_problems", lambda *args: (tokens, canvas, [True] * 6))
+    bounds.main(["--batch", "4"])
+    rows = [line.split()[:-3] for line in capsys.readouterr().out.splitlines()[4:]]
+    learned = [["learned", "order"], ["uniform", "order"]] if has_order else []
+    rules = [[rule, "plain"] for rule in bounds.RULES]
+    assert rows == [*learned, ["uniform", "plain"], *rules, ["best", "runs", "plain"]]
+
+
+def test_refuses_no_checkpoint(tmp_path):
     with pytest.raises(eval_gsm8k.UserError, match="no checkpoint"):
         bounds.main(["--checkpoint", str(tmp_path / "none.pt")])
-    monkeypatch.setattr(eval_gsm8k, "load_checkpoint", lambda path: {})
-    models = eval_gsm8k.Models(tiny_denoiser(), None, None, None)
-    monkeypatch.setattr(eval_gsm8k, "build_models", lambda checkpoint, device: models)
-    with pytest.raises(eval_gsm8k.UserError, match="no learned order"):
-        bounds.main([])

@@ -202,7 +202,7 @@ def test_the_posterior_follows_the_search():
     assert (log_alpha[canvas] < 0).all()
     for s in range(T + 1):
         taken = torch.full((len(tokens),), s)
-        masked, _ = mdmvi.draw_path(log_alpha, canvas, taken, 0.1, rng(s))
+        masked, _ = mdmvi.draw_path(log_alpha, canvas, taken, T, 0.1, rng(s))
         assert torch.equal(masked, step >= s)
 
 

@@ -13,7 +13,6 @@ from collections import Counter
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch.distributions import Normal, kl_divergence
 
 import eval_gsm8k
@@ -21,7 +20,6 @@ import mdmvi
 from examples import vmd
 
 torch.set_num_threads(1)
-TAU = 0.5
 X0 = torch.tensor([[2, 0, 1, 1], [1, 2, 0, 0]])
 CANVAS = torch.tensor([[1, 1, 0, 1], [0, 1, 1, 0]]).bool()  # of unequal length, each with a prompt
 EPSILON = torch.linspace(-8, 8, 129, dtype=torch.double)
@@ -37,18 +35,17 @@ def replicate(n, *tensors):
 
 
 class Toy:
-    """Denoiser, policy, posterior and encoder that look up their answers, an entry a sequence.
+    """Denoiser and encoder that look up their answers, an entry a sequence.
 
-    Logits and pi move linearly with z [B, 1]. The last entry of a hidden state is the policy's.
+    Logits [B, N, 3] move linearly with z [B, 1].
     """
 
     mask_id, eos_id, latent_dim = 3, 0, 1
 
     def __init__(self, seed=0):
         g, states = rng(seed), 4**4
-        self.base = (1.5 * torch.randn(states, 4, 4, generator=g)).requires_grad_()
-        self.slope = (1.5 * torch.randn(states, 4, 4, generator=g)).requires_grad_()
-        self.score = torch.randn(states, 4, generator=g).requires_grad_()
+        self.base = (1.5 * torch.randn(states, 4, 3, generator=g)).requires_grad_()
+        self.slope = (1.5 * torch.randn(states, 4, 3, generator=g)).requires_grad_()
         self.code = (0.7 * torch.randn(states, 2, generator=g)).requires_grad_()
 
     def state(self, tokens):
@@ -59,13 +56,7 @@ class Toy:
         return self.base[state] + self.slope[state] * z[:, :, None]
 
     def logits(self, hidden):
-        return hidden[..., :3]
-
-    def policy(self, hidden, masked=None):
-        return hidden[..., 3]
-
-    def posterior(self, tokens, canvas=None):
-        return F.logsigmoid(self.score[self.state(tokens)])
+        return hidden
 
     def encoder(self, tokens, canvas=None):
         return self.code[self.state(tokens)].chunk(2, -1)
@@ -79,59 +70,32 @@ def orders(canvas, T):
 
 
 def look(toy, x0, M, z):
-    """(log p_theta [Z, N, V], pi [Z, N]) on x0 with the positions M masked, for each of z [Z]."""
+    """log p_theta [Z, N, V] on x0 with the positions M masked, for each of z [Z]."""
     x_s = torch.tensor([[toy.mask_id if i in M else int(x) for i, x in enumerate(x0)]])
-    hidden = toy(x_s.repeat(len(z), 1), z[:, None])
-    return hidden[..., :3].double().log_softmax(2), hidden[..., 3].double().sigmoid()
+    return toy(x_s.repeat(len(z), 1), z[:, None]).double().log_softmax(2)
 
 
-def joint(toy, x0, order, T, z):
-    """log p(r | z) and log p(x_0 | r, z), [Z]: step T-1 reveals all that is left."""
-    log_order = log_tokens = torch.zeros_like(z)
-    for s in range(T):
-        M = [i for i in order if order[i] >= s]
-        log_p, pi = look(toy, x0, M, z)
-        for i in M:
-            if s < T - 1:
-                log_order = log_order + (pi[:, i] if order[i] == s else 1 - pi[:, i]).log()
-            if order[i] == s:
-                log_tokens = log_tokens + log_p[:, i, x0[i]]
-    return log_order, log_tokens
+def given_order(toy, x0, order, z):
+    """log p(x_0 | r, z), [Z]."""
+    log_p = torch.zeros_like(z)
+    for i, step in order.items():
+        M = [j for j in order if order[j] >= step]
+        log_p = log_p + look(toy, x0, M, z)[:, i, x0[i]]
+    return log_p
 
 
-def q_path(toy, x0, order, T):
-    """q(r), from rho_i = (alpha_i / max over M_s of alpha)^(1/tau)."""
-    alpha, q = toy.posterior(x0[None])[0].double().exp(), torch.ones((), dtype=torch.double)
-    for s in range(T - 1):
-        M = [i for i in order if order[i] >= s]
-        for i in M:
-            rho = (alpha[i] / max(alpha[j] for j in M)) ** (1 / TAU)
-            q = q * (rho if order[i] == s else 1 - rho)
-    return q
+def exact_given(toy, x0, canvas, T, z):
+    """log p(x_0 | z) of uniformly random steps, and its bound, [Z]: all orders are alike."""
+    log_p = torch.stack([given_order(toy, x0, order, z) for order in orders(canvas, T)])
+    return log_p.logsumexp(0) - math.log(len(log_p)), log_p.mean(0)
 
 
-def exact_given(toy, x0, canvas, T, learned, z):
-    """(log p(x_0 | z), bound), [Z]: of the learned order, or of uniformly random steps."""
-    log_p, bound = [], 0.0
-    for order in orders(canvas, T):
-        log_order, log_tokens = joint(toy, x0, order, T, z)
-        if not learned:
-            q = torch.tensor(T ** -float(len(order)), dtype=torch.double)
-            log_order = q.log()  # each token picks its step
-        else:
-            q = q_path(toy, x0, order, T)
-        log_p.append(log_order + log_tokens)
-        if q > 0:
-            bound = bound + q * (log_p[-1] - q.log())
-    return torch.stack(log_p).logsumexp(0), bound
-
-
-def exact(toy, x0, canvas, T, learned):
+def exact(toy, x0, canvas, T):
     """log p(x_0 | c), and the VMD bound E_q[bound given z] - E_q[log q(z) - log p(z)]."""
-    log_p = exact_given(toy, x0, canvas, T, learned, EPSILON)[0]
+    log_p = exact_given(toy, x0, canvas, T, EPSILON)[0]
     mu, log_var = (x.double().squeeze() for x in toy.encoder(x0[None]))
     z = mu + (log_var / 2).exp() * EPSILON
-    bound = exact_given(toy, x0, canvas, T, learned, z)[1]
+    bound = exact_given(toy, x0, canvas, T, z)[1]
     log_q_over_prior = z.square() / 2 - EPSILON.square() / 2 - log_var / 2
     integral = torch.trapezoid(NORMAL * log_p.exp(), EPSILON).log()
     return integral, torch.trapezoid(NORMAL * (bound - log_q_over_prior), EPSILON)
@@ -185,42 +149,39 @@ def test_latent_and_its_kl():
 
 
 @pytest.mark.parametrize("T", [1, 2])
-@pytest.mark.parametrize("learned", [False, True])
-def test_vmd_elbo(learned, T):
+def test_random_steps_elbo(T):
+    toy, z = Toy(), torch.tensor([[0.8], [-0.4]])
+    rows = replicate(10000, X0, CANVAS, z)
+    samples = vmd.random_steps_elbo(vmd.Given(toy, rows.pop()), *rows, T, 2, rng(T))
+    for row in range(2):
+        _, bound = exact_given(toy, X0[row], CANVAS[row], T, z[row])
+        assert_mean(samples[row::2], bound[0], precision=0.01)
+
+
+@pytest.mark.parametrize("T", [1, 2])
+def test_vmd_elbo(T):
     toy = Toy()
     tokens, canvas = replicate(10000, X0, CANVAS)
-    models = (toy.policy, toy.posterior) if learned else (None, None)
-    samples = vmd.vmd_elbo(toy, *models, tokens, canvas, T, TAU, 2, rng(T))
+    samples = vmd.vmd_elbo(toy, tokens, canvas, T, 2, rng(T))
     for row in range(2):
-        log_p, bound = exact(toy, X0[row], CANVAS[row], T, learned)
+        log_p, bound = exact(toy, X0[row], CANVAS[row], T)
         assert bound < log_p - 0.01
         assert_mean(samples[row::2], bound, precision=0.01)
 
 
 @pytest.mark.parametrize("T", [1, 2, 3])
-@pytest.mark.parametrize("learned", [False, True])
-def test_losses_and_their_gradients(learned, T):
+def test_loss_and_its_gradient(T):
     toy = Toy(seed=3)
     tokens, canvas = replicate(1000, X0, CANVAS)
-    parameters = [toy.base, toy.slope, toy.code] + [toy.score] * learned
-    bounds = [exact(toy, *row, T, learned)[1] / row[1].sum() for row in zip(X0, CANVAS)]
+    parameters = [toy.base, toy.slope, toy.code]
+    bounds = [exact(toy, *row, T)[1] / row[1].sum() for row in zip(X0, CANVAS)]
     loss = -sum(bounds) / 2
-    q = Normal(toy.encoder(X0)[0], (toy.encoder(X0)[1] / 2).exp())
-    kl = (kl_divergence(q, Normal(0.0, 1.0))[:, 0] / CANVAS.sum(1)).mean()
-    expected = [loss, *torch.autograd.grad(loss, parameters, materialize_grads=True)]
-    assert all(gradient.any() for gradient in expected[1:4])
+    expected = [loss, *torch.autograd.grad(loss, parameters)]
+    assert all(gradient.any() for gradient in expected)
     samples = []
     for seed in range(80):
-        if learned:
-            models = (toy.policy, toy.posterior)
-            estimate, stats = vmd.vmd_order_loss(toy, *models, tokens, canvas, T, TAU, 4, rng(seed))
-            assert stats["latent_kl"].item() == pytest.approx(kl.item(), rel=1e-4)
-            total = (stats["latent_kl"] - stats["elbo"]).item()
-            assert estimate.item() == pytest.approx(total, rel=1e-4)
-        else:
-            estimate = vmd.vmd_loss(toy, tokens, canvas, T, rng(seed))
-        gradients = torch.autograd.grad(estimate, parameters, materialize_grads=True)
-        samples.append((estimate, *gradients))
+        estimate = vmd.vmd_loss(toy, tokens, canvas, T, rng(seed))
+        samples.append((estimate, *torch.autograd.grad(estimate, parameters)))
     for draws, value in zip(zip(*samples), expected):
         assert_mean(torch.stack(draws), value, precision=0.03)
 
@@ -257,7 +218,7 @@ def test_bound_is_tight_where_the_encoder_is_right(shift, factor):
     toy.mu, toy.var = toy.mu + shift, toy.var * factor
     q, prior = Normal(toy.mu, toy.var**0.5), Normal(0.0, 1.0)
     gap = kl_divergence(q, right)  # what an encoder that is not right loses
-    samples = vmd.vmd_elbo(toy, None, None, tokens, canvas, 1, TAU, 1, rng(0)).double()
+    samples = vmd.vmd_elbo(toy, tokens, canvas, 1, 1, rng(0)).double()
     assert_mean(samples, toy.log_p - gap, precision=0.01)
     # With log q(z) - log p(z) in place of the KL, each sample of the right one is log p(x_0).
     at_z = (q.log_prob(toy.z) - prior.log_prob(toy.z)).squeeze(1)
@@ -267,42 +228,23 @@ def test_bound_is_tight_where_the_encoder_is_right(shift, factor):
     assert_mean(torch.stack(losses), gap - toy.log_p, precision=0.005)
 
 
-def test_paths_share_their_latent():
-    seen = []
-
-    class Recorder(Toy):
-        def __call__(self, tokens, z):
-            seen.append((tokens, z))
-            return super().__call__(tokens, z)
-
-    toy = Recorder()
-    tokens, canvas = replicate(3, X0, CANVAS)
-    vmd.vmd_order_loss(toy, toy.policy, toy.posterior, tokens, canvas, 3, TAU, 8, rng(0))
-    (_, first), (later, z) = seen  # a pass on the full canvas, then eight paths
-    assert len(first.unique()) == 6 and torch.equal(z, first.repeat_interleave(8, 0))
-    prompt = later[:, [2, 0]].view(3, 2, 8, 2)  # and the paths are those of the same problem
-    assert (prompt[:, 0, :, 0] == X0[0, 2]).all() and (prompt[:, 1, :, 1] == X0[1, 0]).all()
-
-
-@pytest.mark.parametrize("name, value", [("budget", 0), ("samples", 0), ("paths", 0), ("tau", 0)])
-def test_bad_values(name, value):
-    toy = Toy()
-    models = (toy, toy.policy, toy.posterior, X0, CANVAS)
-    if name == "budget":
+def test_bad_values():
+    toy, z = Toy(), torch.zeros(2, 1)
+    for call in (
+        lambda: vmd.random_steps_loss(vmd.Given(toy, z), X0, CANVAS, 0),
+        lambda: vmd.vmd_loss(toy, X0, CANVAS, 0),
+        lambda: vmd.random_steps_elbo(vmd.Given(toy, z), X0, CANVAS, 0, 2),
+        lambda: vmd.vmd_elbo(toy, X0, CANVAS, 0, 2),
+        lambda: vmd.generate(toy, X0, CANVAS, "random", 0),
+    ):
         with pytest.raises(ValueError, match="budget is 0"):
-            vmd.vmd_loss(toy, X0, CANVAS, value)
-        with pytest.raises(ValueError, match="budget is 0"):
-            vmd.generate(toy, X0, CANVAS, "random", value)
-    if name != "samples":
-        values = {"budget": 2, "tau": TAU, "paths": 2, name: value}
-        with pytest.raises(ValueError, match=f"{name} is 0"):
-            vmd.vmd_order_loss(*models, **values)
-    if name in ("budget", "samples"):
-        values = {"budget": 2, "tau": TAU, "samples": 2, name: value}
-        with pytest.raises(ValueError, match=f"{name} is 0"):
-            vmd.vmd_elbo(*models, **values)
+            call()
+    with pytest.raises(ValueError, match="samples is 0"):
+        vmd.random_steps_elbo(vmd.Given(toy, z), X0, CANVAS, 2, 0)
+    with pytest.raises(ValueError, match="samples is 0"):
+        vmd.vmd_elbo(toy, X0, CANVAS, 2, 0)
     for strategy in ("learned", "best"):
-        with pytest.raises(ValueError, match=strategy):
+        with pytest.raises(ValueError, match=f"unknown strategy '{strategy}': choose from iid"):
             vmd.generate(toy, X0, CANVAS, strategy, 2)
 
 
@@ -327,9 +269,6 @@ class ShowsLatents:
     def logits(self, hidden):
         return hidden
 
-    def policy(self, hidden, masked=None):
-        return hidden[..., 0]
-
 
 def ragged():
     """Problems with canvases of every size, the first of them empty; the first token is the row."""
@@ -338,14 +277,13 @@ def ragged():
     return torch.arange(40)[:, None].repeat(1, 6), canvas
 
 
-@pytest.mark.parametrize("strategy", ["learned", "iid", "random", "left_to_right", "top_prob"])
+@pytest.mark.parametrize("strategy", ["iid", "random", "left_to_right", "top_prob"])
 def test_a_latent_stays_with_its_row(strategy):
     tokens, canvas = ragged()
     runs = []
     for seed, budget in ((0, 6), (0, 6), (0, 2), (1, 6)):
         model = ShowsLatents()
-        options = (model.policy, 1.0, rng(seed))
-        out = vmd.generate(model, tokens, canvas, strategy, budget, *options)
+        out = vmd.generate(model, tokens, canvas, strategy, budget, 1.0, rng(seed))
         assert all(len(set(seen)) == 1 for seen in model.seen.values())
         latents = {row: seen[0] for row, seen in model.seen.items()}
         assert len({x for z in latents.values() for x in z}) == 2 * 40
@@ -361,11 +299,11 @@ def test_distribution_of_tokens(T):
     for tokens in itertools.product(range(3), repeat=2):
         x0[canvas] = torch.tensor(tokens)
         steps = [{1: 0, 2: 0}] if T == 1 else [{1: 0, 2: 1}, {1: 1, 2: 0}]
-        given = [joint(toy, x0, order, T, EPSILON)[1].exp() for order in steps]
+        given = [given_order(toy, x0, order, EPSILON).exp() for order in steps]
         p = torch.trapezoid(NORMAL * sum(given) / len(given), EPSILON)
         probability[tokens] = p.item()
     rows = replicate(40000, X0[1:], CANVAS[1:])
-    out = vmd.generate(toy, *rows, "random", T, None, 1.0, rng(0))
+    out = vmd.generate(toy, *rows, "random", T, 1.0, rng(0))
     assert_distribution(list(map(tuple, out.tokens[:, canvas].tolist())), probability)
 
 
@@ -383,22 +321,18 @@ def tiny_denoiser(latent_dim=2):
     return model
 
 
-@pytest.mark.parametrize("strategy", [*mdmvi.CONFIDENCE_RULES, "left_to_right", "learned"])
+@pytest.mark.parametrize("strategy", [*mdmvi.CONFIDENCE_RULES, "left_to_right"])
 @pytest.mark.parametrize("budget", [1, 3, 9])
 def test_without_its_latent_it_is_generate_of_mdmvi(strategy, budget):
-    """Where nothing is left to chance: temperature 0, and a policy that is sure."""
+    """Where nothing is left to chance: temperature 0, and a rule that draws nothing."""
     model = tiny_denoiser()
     model.from_z.weight.data.zero_()
     plain = mdmvi.Denoiser(tiny_config())
     plain.load_state_dict(model.state_dict(), strict=False)
     tokens, canvas = ragged()
     tokens = tokens % 5
-
-    def policy(hidden, masked):
-        return (hidden[..., 0] - 0.8) * 1e6
-
-    ours = vmd.generate(model, tokens, canvas, strategy, budget, policy)
-    theirs = mdmvi.generate(plain, tokens, canvas, strategy, budget, policy)
+    ours = vmd.generate(model, tokens, canvas, strategy, budget)
+    theirs = mdmvi.generate(plain, tokens, canvas, strategy, budget)
     for a, b in zip(ours, theirs):
         assert torch.equal(a, b)
     assert budget == 1 or len(set(ours.steps.tolist())) > 2
@@ -448,13 +382,11 @@ def test_seeds():
     tokens, canvas = ragged()
     tokens, canvas = tokens[20:] % 5, canvas[20:]
     canvas[:, 3] = True
-    rest = mdmvi.UnmaskPolicy(8), mdmvi.OrderPosterior(tiny_config())
     before = torch.get_rng_state()
     for draw in (
         lambda g: vmd.vmd_loss(model, tokens, canvas, 3, g).item(),
-        lambda g: vmd.vmd_order_loss(model, *rest, tokens, canvas, 3, TAU, 2, g)[0].item(),
-        lambda g: vmd.vmd_elbo(model, *rest, tokens, canvas, 3, TAU, 1, g).tolist(),
-        lambda g: vmd.generate(model, tokens, canvas, "learned", 3, rest[0], 0.0, g)[0].tolist(),
+        lambda g: vmd.vmd_elbo(model, tokens, canvas, 3, 1, g).tolist(),
+        lambda g: vmd.generate(model, tokens, canvas, "random", 3, 1.0, g)[0].tolist(),
         lambda g: vmd.draw_pairs("d2", 20, g)[0].tolist(),
     ):
         assert draw(rng(1)) == draw(rng(1)) != draw(rng(2))

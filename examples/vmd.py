@@ -5,12 +5,12 @@
     python -m examples.vmd --sudoku                 # 6x6 Sudoku in three steps
 
 Tokens revealed in one step are drawn independently. Here z ~ N(0, I) is drawn first, and all of
-them see it, so it can carry what they have in common. Any bound of mdmvi on the denoiser given z
-becomes
+them see it, so it can carry what they have in common. The bound of the denoiser given z becomes
 
     log p(x_0 | c) >= E_{z ~ q(z | c, x_0)} bound(x_0 | c, z) - KL( q(z | c, x_0) || N(0, I) ).
 
-Two models are trained, with the latent and without; they differ by nothing else.
+No order is learned: in the bound each token picks its step uniformly, and sampling follows a fixed
+rule. Two models are trained, with the latent and without; they differ by nothing else.
 """
 
 import json
@@ -73,10 +73,9 @@ class LatentDenoiser(mdmvi.Denoiser):
 
 
 class Given:
-    """The denoiser with z [B, latent_dim] fixed: a denoiser as the bounds of mdmvi take one.
+    """The denoiser with z [B, latent_dim] fixed: a denoiser as the bounds below take one.
 
-    Called with several times B rows (paths), each z serves as many neighbours. Not for
-    mdmvi.generate, where rows leave the batch.
+    It is called with B rows, so it is not for mdmvi.generate, where finished rows leave the batch.
     """
 
     def __init__(self, denoiser, z):
@@ -85,7 +84,7 @@ class Given:
         self.mask_id, self.eos_id = denoiser.mask_id, denoiser.eos_id
 
     def __call__(self, tokens):
-        return self.denoiser(tokens, self.z.repeat_interleave(len(tokens) // len(self.z), 0))
+        return self.denoiser(tokens, self.z)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -131,32 +130,27 @@ def vmd_loss(denoiser, tokens, canvas, budget, generator=None):
     return loss + (kl / canvas.sum(1)).mean()
 
 
-def vmd_order_loss(denoiser, policy, posterior, tokens, canvas, budget, tau, paths, generator=None):
-    """mdmvi.importance_order_loss with a latent: one z for each x_0, which its paths share.
+def random_steps_elbo(denoiser, tokens, canvas, budget, samples, generator=None):
+    """The bound that `random_steps_loss` trains: estimate [B], nats per sequence.
 
-    Arguments and errors are the same; stats has latent_kl as well, nats per canvas token.
+    Each of the samples is a path through all steps. Raises ValueError on a budget or samples
+    below 1.
     """
-    z, kl = draw_latent(denoiser.encoder, tokens, canvas, generator)
-    loss, stats = mdmvi.importance_order_loss(
-        Given(denoiser, z), policy, posterior, tokens, canvas, budget, tau, paths, generator
-    )
-    latent_kl = (kl / canvas.sum(1)).mean()
-    return loss + latent_kl, {**stats, "latent_kl": latent_kl.detach()}
+    return mdmvi.order_elbo(denoiser, None, None, tokens, canvas, budget, 1.0, samples, generator)
 
 
 @torch.no_grad()
-def vmd_elbo(denoiser, policy, posterior, tokens, canvas, budget, tau, samples, generator=None):
-    """mdmvi.order_elbo with a latent: estimate [B], nats per sequence, a new z for each sample.
+def vmd_elbo(denoiser, tokens, canvas, budget, samples, generator=None):
+    """The bound that `vmd_loss` trains: estimate [B], nats per sequence.
 
-    With policy and posterior None it is the bound that `vmd_loss` trains.
+    Each of the samples has a z and a path of its own. Raises ValueError on a budget or samples
+    below 1.
     """
     mdmvi.check_positive(samples=samples)
     total = 0.0
     for _ in range(samples):
         z, kl = draw_latent(denoiser.encoder, tokens, canvas, generator)
-        bound = mdmvi.order_elbo(
-            Given(denoiser, z), policy, posterior, tokens, canvas, budget, tau, 1, generator
-        )
+        bound = random_steps_elbo(Given(denoiser, z), tokens, canvas, budget, 1, generator)
         total = total + bound - kl
     return total / samples
 
@@ -165,19 +159,19 @@ def vmd_elbo(denoiser, policy, posterior, tokens, canvas, budget, tau, samples, 
 # Sampling
 # ------------------------------------------------------------------------------------------------
 
+RULES = [strategy for strategy in mdmvi.STRATEGIES if strategy != "learned"]
+
 
 @torch.no_grad()
-def generate(
-    denoiser, tokens, canvas, strategy, budget, policy=None, temperature=0.0, generator=None
-):
+def generate(denoiser, tokens, canvas, strategy, budget, temperature=0.0, generator=None):
     """mdmvi.generate with a latent: each row draws z ~ N(0, I) first and keeps it in all its steps.
 
-    Finished rows stay in the batch, so that rows and z go together. Returns an mdmvi.Generation.
-    Raises ValueError on an unknown strategy, a budget below 1, or "learned" without a policy.
+    strategy: one of RULES. Finished rows stay in the batch, so that rows and z go together. Returns
+    an mdmvi.Generation. Raises ValueError on another strategy or a budget below 1.
     """
+    if strategy not in RULES:
+        raise ValueError(f"unknown strategy {strategy!r}: choose from {', '.join(RULES)}")
     mdmvi.check_positive(budget=budget)
-    if strategy not in mdmvi.STRATEGIES or (strategy == "learned" and policy is None):
-        raise ValueError(f"strategy {strategy!r} is unknown, or needs a policy")
     z = torch.randn(len(tokens), denoiser.latent_dim, device=tokens.device, generator=generator)
     tokens = tokens.masked_fill(canvas, denoiser.mask_id)
     reveal_step = torch.full_like(tokens, -1)
@@ -185,12 +179,9 @@ def generate(
     for s in range(budget):
         if not masked.any():
             break
-        hidden = denoiser(tokens, z)
-        logits = denoiser.logits(hidden[masked])
+        logits = denoiser.logits(denoiser(tokens, z)[masked])
         if s == budget - 1:
             reveal = masked
-        elif strategy == "learned":
-            reveal = mdmvi.choose_by_policy(policy(hidden, masked), masked, generator)
         else:
             reveal = mdmvi.choose_by_rule(strategy, logits, masked, budget - s, None, generator)
         drawn = mdmvi.draw_tokens(logits, temperature, generator)
@@ -208,11 +199,11 @@ def generate(
 class Method(NamedTuple):
     name: str
     loss: Callable  # (denoiser, tokens, canvas, budget, generator) -> scalar
-    elbo: Callable  # arguments of mdmvi.order_elbo
-    generate: Callable  # arguments of mdmvi.generate
+    elbo: Callable  # (denoiser, tokens, canvas, budget, samples, generator) -> [B]
+    generate: Callable  # (denoiser, tokens, canvas, strategy, budget, temperature=, generator=)
 
 
-PLAIN = Method("plain MDM", random_steps_loss, mdmvi.order_elbo, mdmvi.generate)
+PLAIN = Method("plain MDM", random_steps_loss, random_steps_elbo, mdmvi.generate)
 VMD = Method("VMD", vmd_loss, vmd_elbo, generate)
 # In two dimensions the pairs often settle on a ring; on a line their slices of N(0, 1) are sharper.
 RECIPES = {
@@ -250,10 +241,9 @@ def train_denoiser(method, recipe, vocab_size, length, draw, seed, device, label
 
 
 def mean_bound(method, denoiser, tokens, canvas, budget, seed):
-    """Average bound of uniformly random orders, nats per sequence, from four samples each."""
+    """Average bound of tokens [B, N], nats per sequence (float), from four samples each."""
     generator = torch.Generator(tokens.device).manual_seed(seed)
-    bound = method.elbo(denoiser, None, None, tokens, canvas, budget, 1.0, 4, generator)
-    return float(bound.mean())
+    return float(method.elbo(denoiser, tokens, canvas, budget, 4, generator).mean())
 
 
 # ------------------------------------------------------------------------------------------------
@@ -285,9 +275,8 @@ def score_pairs(method, denoiser, kind, budget, temperature, seed, device):
     """(share of valid pairs, total variation distance from the truth) of DRAWN generated pairs."""
     generator = torch.Generator(device).manual_seed(seed)
     tokens = torch.tensor([[START, 0, 0]], device=device).repeat(DRAWN, 1)
-    out = method.generate(
-        denoiser, tokens, tokens != START, "random", budget, None, temperature, generator
-    )
+    options = {"temperature": temperature, "generator": generator}
+    out = method.generate(denoiser, tokens, tokens != START, "random", budget, **options)
     truth = true_pairs(kind)
     found = out.tokens.cpu() @ torch.tensor([0, START + 1, 1])
     share = torch.bincount(found, minlength=truth.numel()).view(truth.shape).double() / DRAWN
@@ -335,7 +324,6 @@ def print_pairs(rows, recipe):
 BOX = (2, 3)  # rows and columns of a box
 TRAINING = 60_000  # puzzles to train on
 PUZZLES = 500  # held-out ones that are scored
-RULES = [strategy for strategy in mdmvi.STRATEGIES if strategy != "learned"]
 
 
 def run_sudoku(recipe, seed, device):
@@ -356,7 +344,7 @@ def run_sudoku(recipe, seed, device):
         bound = mean_bound(method, denoiser, *test, budget, seed)
         for rule in RULES:
             generator = torch.Generator(device).manual_seed(seed)
-            out = method.generate(denoiser, *blank, rule, budget, None, 0.0, generator)
+            out = method.generate(denoiser, *blank, rule, budget, generator=generator)
             texts = [sudoku.grid_text(row.tolist()) for row in out.tokens]
             solved = sum(sudoku.solves(text, puzzle) for text, puzzle in zip(texts, held_out))
             row = {"data": "sudoku", "model": method.name, "rule": rule}

@@ -473,40 +473,40 @@ def rule_name(strategy, eos_aware):
     return strategy + ("+eos" if eos_aware else "")
 
 
-def score(run, models, budgets, rules, sweep, progress):
-    """Rows for the table: the learned order, then every rule at its average steps, rounded up,
-    and at its largest number; without a policy, at the budgets; then every rule at the steps of
-    `sweep`.
+def score(run, models, budgets, rules, sweep):
+    """Yield (row, attempt) for the table: the learned order, then every rule at its average steps,
+    rounded up, and at its largest number; without a policy, every rule at the budgets; then every
+    rule at the steps of `sweep`.
 
     run(strategy, budget, denoiser, **options) is an attempt. Each rule runs on the order-trained
-    denoiser and on the plain one, and keeps the one with more right answers. Returns (rows,
-    {budget: attempt of the learned order}).
+    denoiser and on the plain one, and keeps the one with more right answers.
     """
-    rows, learned, done = [], {}, {}
+    done = {}
 
-    def add_rules(budget, match, steps, ours=None):
-        for strategy, eos_aware in rules:
-            key = (strategy, eos_aware, steps)
-            if key not in done:
-                tries = [("order" if models.policy else "plain", models.denoiser)]
-                tries += [("plain", models.plain)] if models.plain else []
-                results = [(n, run(strategy, steps, d, eos_aware=eos_aware)) for n, d in tries]
-                done[key] = max(results, key=lambda r: (sum(r[1]["answered"]), sum(r[1]["solved"])))
-            rows.append(make_row(rule_name(strategy, eos_aware), budget, match, *done[key], ours))
-            progress(rows[-1])
+    def best_model(strategy, eos_aware, steps):
+        tries = [("order" if models.policy else "plain", models.denoiser)]
+        tries += [("plain", models.plain)] if models.plain else []
+        results = [(name, run(strategy, steps, d, eos_aware=eos_aware)) for name, d in tries]
+        return max(results, key=lambda r: (sum(r[1]["answered"]), sum(r[1]["solved"])))
+
+    def rule_rows(budget, match, steps, ours=None):
+        for rule in rules:
+            if (rule, steps) not in done:
+                done[rule, steps] = best_model(*rule, steps)
+            model, result = done[rule, steps]
+            yield make_row(rule_name(*rule), budget, match, model, result, ours), result
 
     for budget in budgets:
         if models.policy is None:
-            add_rules(budget, "", budget)
+            yield from rule_rows(budget, "", budget)
             continue
         ours = run("learned", budget, models.denoiser, policy=models.policy)
-        learned[budget] = ours
-        rows.append(make_row("learned", budget, "", "order", ours, None))
-        add_rules(budget, "@Avg", max(1, math.ceil(rows[-1]["average_steps"] - 1e-9)), ours)
-        add_rules(budget, "@Max", max(1, max(ours["steps"])), ours)
+        row = make_row("learned", budget, "", "order", ours, None)
+        yield row, ours
+        yield from rule_rows(budget, "@Avg", max(1, math.ceil(row["average_steps"] - 1e-9)), ours)
+        yield from rule_rows(budget, "@Max", max(1, max(ours["steps"])), ours)
     for steps in sweep:
-        add_rules(steps, "sweep", steps)
-    return rows, learned
+        yield from rule_rows(steps, "sweep", steps)
 
 
 def make_row(name, budget, match, model, result, ours):
@@ -593,26 +593,27 @@ def print_scores(
     tokens, canvas = tokens.to(device), canvas.to(device)
     rules = all_rules() if rules is None else rules
     count = len(rules) * (len(budgets) * (2 if models.policy else 1) + len(sweep))
+    count += len(budgets) if models.policy else 0
 
     def run(strategy, budget, denoiser, **options):
         data = (problems, tokenizer, tokens, canvas)
         return attempt(*data, strategy, budget, denoiser, batch, seed, **options)
 
-    with tqdm(total=count, desc="scoring", unit="rule") as bar:
-
-        def progress(row):
-            bar.update()
+    results = []
+    with tqdm(score(run, models, budgets, rules, sweep), "scoring", count, unit="row") as bar:
+        for row, result in bar:
+            results.append((row, result))
             bar.set_postfix_str(f"{row['method']} {100 * row['answered']:.1f}%", refresh=False)
-
-        rows, learned = score(run, models, budgets, rules, sweep, progress)
+    rows = [row for row, _ in results]
     precision = "TF32" if device.type == "cuda" else "fp32"
     print(
         f"\n{len(problems)} problems, {precision}; p: exact McNemar test, learned against a rule\n"
     )
     print(table(rows))
-    for budget in learned:
-        print(f"\nlearned order, T={budget}, by number of equations\n")
-        print(by_length(problems, learned[budget]))
+    for row, result in results:
+        if row["method"] == "learned":
+            print(f"\nlearned order, T={row['budget']}, by number of equations\n")
+            print(by_length(problems, result))
     if json_file:
         write_file(json_file, json.dumps(rows, indent=1) + "\n")
 

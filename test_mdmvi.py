@@ -1557,11 +1557,9 @@ class FakeRun:
 
 
 def fake_score(run, rules, sweep=(), budgets=(9,), policy="policy", plain="plain"):
+    """(rows, attempts), as lists."""
     models = eval_gsm8k.Models("order", policy, "posterior", plain)
-    seen = []
-    rows, learned = eval_gsm8k.score(run, models, budgets, rules, sweep, seen.append)
-    assert seen == [row for row in rows if row["method"] != "learned"]
-    return rows, learned
+    return zip(*eval_gsm8k.score(run, models, budgets, rules, sweep))
 
 
 @pytest.mark.parametrize(
@@ -1577,7 +1575,7 @@ def fake_score(run, rules, sweep=(), budgets=(9,), policy="policy", plain="plain
 )
 def test_rules_get_the_average_steps_rounded_up_and_the_most(steps, avg, most):
     run = FakeRun(steps, {})
-    rows, learned = fake_score(run, [("iid", False), ("entropy", True)], sweep=(1, 7))
+    rows, attempts = fake_score(run, [("iid", False), ("entropy", True)], sweep=(1, 7))
     about = [(row["method"], row["match"], row["budget"], row["max_steps"]) for row in rows]
     assert about == [
         ("learned", "", 9, max(steps)),
@@ -1585,7 +1583,8 @@ def test_rules_get_the_average_steps_rounded_up_and_the_most(steps, avg, most):
         *((rule, "@Max", 9, most) for rule in ("iid", "entropy+eos")),
         *((rule, "sweep", n, n) for n in (1, 7) for rule in ("iid", "entropy+eos")),
     ]
-    assert learned[9]["steps"] == steps and run.calls[0][3] == {"policy": "policy"}
+    assert attempts[0]["steps"] == steps and run.calls[0][3] == {"policy": "policy"}
+    assert all(max(x["steps"]) == row["max_steps"] for row, x in zip(rows, attempts))
     assert [row["p_answered"] is None for row in rows] == [True, *[False] * 4, *[True] * 4]
     taken = [n for n in steps if n] or [0]
     assert rows[0]["average_steps"] == sum(taken) / len(taken)
@@ -1609,10 +1608,10 @@ def test_the_better_of_two_models_is_chosen_by_answers(order, plain, better):
 
 
 def test_scores_of_one_model():
-    rows, learned = fake_score(FakeRun([], {}), [("iid", False)], (), (2, 5), None, None)
+    rows, _ = fake_score(FakeRun([], {}), [("iid", False)], (), (2, 5), None, None)
     about = [(row["method"], row["budget"], row["max_steps"], row["match"]) for row in rows]
     assert about == [("iid", 2, 2, ""), ("iid", 5, 5, "")]
-    assert not learned and {r["model"] for r in rows} == {"plain"}
+    assert {r["model"] for r in rows} == {"plain"}
     rows, _ = fake_score(FakeRun([2] * 4, {}), [("iid", False)], plain=None)
     assert {r["model"] for r in rows} == {"order"}
 

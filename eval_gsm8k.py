@@ -328,7 +328,7 @@ def make_orders(kind, config):
     """A new (policy, posterior): "runs" from the left, or "free" orders as in the paper."""
     if kind == "runs":
         return mdmvi.RunPolicy(config), mdmvi.RunPosterior(config)
-    return mdmvi.UnmaskPolicy(config.n_embd), mdmvi.OrderPosterior(config)
+    return mdmvi.UnmaskPolicy(config), mdmvi.OrderPosterior(config)
 
 
 PARTS = {name: dict for name in ("args", "config", "denoiser", "policy", "posterior")}

@@ -6,11 +6,12 @@ reveal together is a latent variable r here, learned by variational inference (F
 
     1. model              p_theta(x^i | x_s) and pi_i(x_s): the denoiser and the policy head
     2. posterior          q_phi(r | x_0): an order that is drawn without running the denoiser
-    3. bound, gradient    plain MDM loss, the ELBO over orders, its RLOO gradient
+    3. bound, gradient    plain MDM loss, the ELBO over orders, its RLOO gradient (`order_loss`)
     4. samplers           the learned order and the fixed rules it is compared with
     5. beyond the paper   what we added to make orders learn: the scripts use it, [F] lacks it
 
-Shapes: B batch, N sequence length, L canvas length, V vocabulary, D width, T = budget (steps).
+Shapes: B batch, N sequence length, L canvas length, V vocabulary, D width, T = budget (steps), K
+paths of a sequence, M places that are scored in a whole batch.
 `canvas` is a bool [B, N], true where the answer goes, in at least one place of every row.
 `masked` is the part of it that is still hidden (M_s). `tokens` are the clean sequence x_0, int64
 [B, N]; x_s is x_0 with M_s replaced by MASK. `generator` is a torch.Generator on the tensors'
@@ -18,10 +19,10 @@ device, or None for the global one. Log-probabilities are in nats. (R) marks wha
 summaries of [F].
 
 A denoiser is any object with `denoiser(tokens)` -> hidden [B, N, D], `denoiser.logits(hidden)`
-for hidden [M, D] -> [M, V], and the attributes `mask_id` and (for eos_aware rules) `eos_id`; an
-optional `canvas_len` is the most places a canvas has, more than that are lost on a GPU. It never
-predicts MASK. A policy maps (hidden, masked) -> pi_logits [B, N], a posterior maps (tokens,
-canvas) -> log_alpha [B, N], at most 0.
+for hidden [M, D] -> [M, V], -inf for MASK, and the attributes `mask_id` and (for eos_aware rules)
+`eos_id`. An optional `canvas_len` is the most places a canvas has: on a GPU no more are scored.
+A policy maps (hidden, masked) -> pi_logits [B, N]. A posterior maps (tokens, canvas) -> log_alpha
+[B, N], of which only differences matter.
 """
 
 import math
@@ -154,12 +155,14 @@ class UnmaskPolicy(nn.Module):
     """pi_i(x_s) = sigmoid(pi_logits): hidden [B, N, D], masked -> pi_logits fp32 [B, N] (R).
 
     A small head on the denoiser's last hidden states, so that a step of generation costs one pass.
+    `config` is a `ModelConfig` of their width.
     """
 
-    def __init__(self, n_embd, n_layer=1):
+    def __init__(self, config, n_layer=1):
         super().__init__()
-        self.inner = nn.ModuleList(nn.Linear(n_embd, n_embd) for _ in range(n_layer))
-        self.outer = nn.Linear(n_embd, 1)
+        D = config.n_embd
+        self.inner = nn.ModuleList(nn.Linear(D, D) for _ in range(n_layer))
+        self.outer = nn.Linear(D, 1)
 
     def forward(self, hidden, masked):
         for layer in self.inner:
@@ -203,8 +206,8 @@ def token_log_prob(denoiser, tokens, masked):
 # 2. Posterior over orders (R): alpha = alpha_phi(c, x_0) in (0, 1), one score a position, once,
 #        q(r | x_s, x_0) = prod_{i in M_s} Bern(r_i; rho_i),
 #        rho_i = (alpha_i / max_{j in M_s} alpha_j)^(1/tau).
-#    The best masked position has rho = 1, so a step always reveals something; positions with
-#    scores within about tau of it are revealed along with it.
+#    The best masked position has rho = 1, so a step always reveals something; positions whose
+#    log alpha is within about tau of its own are revealed along with it.
 # ------------------------------------------------------------------------------------------------
 
 
@@ -352,7 +355,7 @@ def path_bound(
 
 
 def order_loss(denoiser, policy, posterior, tokens, canvas, budget, tau, paths, generator=None):
-    """Negative ELBO over orders, nats per canvas token, with its RLOO gradient, as in [F].
+    """Negative ELBO over orders, nats per canvas token, with its RLOO gradient, as in [F] (R).
 
     Each x_0 gets one step s, uniform on 0 .. T-1 and stratified over the batch, and K paths up to
     M_s: the estimate is the mean of T f_s(M_s), from B K denoiser passes. Returns (loss, kl, the
@@ -374,32 +377,43 @@ def order_loss(denoiser, policy, posterior, tokens, canvas, budget, tau, paths, 
 def order_elbo(denoiser, policy, posterior, tokens, canvas, budget, tau, samples, generator=None):
     """Monte Carlo estimate [B] (nats per sequence) of the ELBO, over `samples` full paths.
 
-    With policy and posterior None: the bound of uniformly random orders at this budget, where
-    every token picks its step uniformly (rho_i = pi_i = 1 / (T - s), so KL = 0). Takes samples *
-    T passes. Raises ValueError on a budget or samples below 1, or tau not above 0.
+    Takes samples * T passes. Raises ValueError on a budget or samples below 1, or tau not above 0.
     """
     check_positive(budget=budget, tau=tau, samples=samples)
     total = torch.zeros(len(tokens), device=tokens.device)
-    log_alpha = None if posterior is None else posterior(tokens, canvas)
+    log_alpha = posterior(tokens, canvas)
     for _ in range(samples):
         masked = canvas
         for s in range(budget):
             last = torch.full((len(tokens),), s == budget - 1, device=tokens.device)
-            if posterior is None:
-                log_rho = torch.full(tokens.shape, -math.log(budget - s), device=tokens.device)
-                log_p, _ = token_log_prob(denoiser, tokens, masked)
-                total += (log_rho.exp() * log_p).sum(1)
-            else:
-                log_rho = reveal_log_prob(log_alpha, masked, tau)
-                token_term, kl = step_bound(denoiser, policy, tokens, masked, log_rho, last)
-                total += token_term - kl
+            log_rho = reveal_log_prob(log_alpha, masked, tau)
+            token_term, kl = step_bound(denoiser, policy, tokens, masked, log_rho, last)
+            total += token_term - kl
+            masked = masked & ~draw_reveal(log_rho, masked, generator)
+    return total / samples
+
+
+@torch.no_grad()
+def uniform_elbo(denoiser, tokens, canvas, budget, samples, generator=None):
+    """`order_elbo` of uniformly random orders: every token picks its step, so KL = 0.
+
+    rho_i = pi_i = 1 / (T - s). Errors as for `order_elbo`.
+    """
+    check_positive(budget=budget, samples=samples)
+    total = torch.zeros(len(tokens), device=tokens.device)
+    for _ in range(samples):
+        masked = canvas
+        for s in range(budget):
+            log_rho = torch.full(tokens.shape, -math.log(budget - s), device=tokens.device)
+            log_p, _ = token_log_prob(denoiser, tokens, masked)
+            total += (log_rho.exp() * log_p).sum(1)
             masked = masked & ~draw_reveal(log_rho, masked, generator)
     return total / samples
 
 
 # ------------------------------------------------------------------------------------------------
 # 4. Samplers: the learned order, and the fixed rules (Kim et al., arXiv 2502.06768, for top_prob
-#    and top_prob_margin).
+#    and top_prob_margin; eos_aware is ours).
 # ------------------------------------------------------------------------------------------------
 
 CONFIDENCE_RULES = ("top_prob", "top_prob_margin", "entropy", "threshold")  # these may be eos_aware
@@ -466,7 +480,7 @@ def choose_by_rule(strategy, logits, masked, steps_left, eos_id=None, generator=
 def choose_by_policy(pi_logits, masked, generator=None):
     """r_i ~ Bern(pi_i) for i in M_s, bool [B, N]; the position of largest pi where no r_i = 1.
 
-    The model of the bound would reveal nothing there: this saves that pass.
+    The model of the bound would reveal nothing there: this (ours) saves that pass.
     """
     u = torch.rand(masked.shape, device=masked.device, generator=generator)
     reveal = masked & (u < pi_logits.sigmoid())
@@ -535,9 +549,9 @@ def generate(
 # ------------------------------------------------------------------------------------------------
 # 5. Beyond the paper. Free scores find no good order in a short training. What helps:
 #      RunPosterior, RunPolicy   an order is a cut of the canvas into runs, from the left
-#      run_values, run_loss      the best cuts under the denoiser, by dynamic programming
+#      run_log_prob, cut_loss    the best cuts under the denoiser, by dynamic programming
 #      importance_order_loss     f_0 exact, a later step drawn where paths go on: less variance
-#      order_groups, update      rates of the three networks, each clipped by itself
+#      parameter_groups, update  rates of the three networks, each clipped by itself
 # ------------------------------------------------------------------------------------------------
 
 
@@ -547,7 +561,7 @@ class RunPosterior(OrderPosterior):
     A cut is a sigmoid in front of each position, sharpened by SHARPEN; log alpha is minus SPACING
     times the sum of the cuts up to a position. When each token has a number of its own, errors of
     about tau put tokens that belong together into different steps; here a run moves as one. SPACING
-    is ten times the default tau: then even a cut that is half sure parts two runs, and the gradient
+    is ten times tau = 0.1: then even a cut that is half sure parts two runs, and the gradient
     of a policy that has not learned the order yet does not wash it out. It starts as a soft front
     from the left.
     """
@@ -580,11 +594,10 @@ class RunPolicy(UnmaskPolicy):
     A position should be revealed only where all before it are likely to be. The product makes pi
     fall from left to right, which separate sigmoids do not ensure. The draws stay independent.
     Where a run ends depends on where it begins, so u has a block of attention of its own.
-    `config` is a `ModelConfig` of the hidden states' width.
     """
 
     def __init__(self, config):
-        super().__init__(config.n_embd)
+        super().__init__(config)
         self.block = Block(config)
         self.if_masked = nn.Parameter(torch.zeros(config.n_embd))  # added where x_s is masked
         nn.init.constant_(self.outer.bias, 3.0)
@@ -603,7 +616,7 @@ def canvas_places(canvas, L):
 
 
 @torch.no_grad()
-def run_values(denoiser, tokens, canvas):
+def run_log_prob(denoiser, tokens, canvas):
     """log p_theta of every run, nats [B, L, L + 1], from a denoiser pass for each canvas place.
 
     Entry [:, i, j] is for the places i .. j - 1 of known solutions, revealed together after all
@@ -618,11 +631,11 @@ def run_values(denoiser, tokens, canvas):
     return F.pad(torch.stack(values, 1), (1, 0))
 
 
-def run_loss(posterior, tokens, canvas, values, budget, price=0.3):
+def cut_loss(posterior, tokens, canvas, values, budget, price=0.3):
     """Minus the expected log p_theta of a solution in runs, `price` nats taken for each step, in
     nats per canvas token (scalar): it teaches a `RunPosterior` where to cut.
 
-    values: as `run_values` returns them. Cuts are drawn one by one from sigmoid(scores), not yet
+    values: as `run_log_prob` returns them. Cuts are drawn one by one from sigmoid(scores), not yet
     sharpened; the mean over all cuts is exact. V_t(i), what can be had from place i on in t steps,
     is E_j [values(i, j) - price + V_{t-1}(j)]. What no network can foretell from x_0 averages out.
     Raises ValueError on a budget below 2.
@@ -667,7 +680,7 @@ def draw_step(log_alpha, canvas, budget, tau, paths, generator=None):
 def importance_order_loss(
     denoiser, policy, posterior, tokens, canvas, budget, tau, paths, generator=None
 ):
-    """`order_loss` with less variance: f_0 + f_s / P(s), from B (K + 1) denoiser passes.
+    """`order_loss` with less variance: f_0 exactly, plus f_s / P(s), from B (K + 1) passes.
 
     All paths of a problem begin with the full canvas, so f_0 takes one pass and is exact. One later
     step s is drawn by `draw_step`. Arguments, result and errors as for `order_loss`.
@@ -687,29 +700,29 @@ def importance_order_loss(
     return -(value / length).mean(), (kl / length).mean()
 
 
-def order_groups(denoiser, policy, posterior, lr=1e-3, policy_lr=3e-3, posterior_lr=3e-4):
+def parameter_groups(denoiser, policy, posterior, lr=1e-3, policy_lr=3e-3, posterior_lr=3e-4):
     """Parameter groups of stage 2 for any optimiser, a network each, with its peak learning rate.
 
     "params" are pairs (name, parameter), as torch's optimisers take them. A frozen denoiser (or one
     that is no nn.Module) has no group. Beside a policy the posterior warms up over a fifth of the
     steps: what the policy cannot foretell yet costs KL, and the order would be given up for that.
     """
-    networks = {"denoiser": denoiser, "policy": policy, "posterior": posterior}
-    peaks = {"denoiser": lr, "policy": policy_lr, "posterior": posterior_lr}
     groups = []
-    for name, network in networks.items():
+    for name, network, peak, warm_up in (
+        ("denoiser", denoiser, lr, 0.01),
+        ("policy", policy, policy_lr, 0.01),
+        ("posterior", posterior, posterior_lr, 0.01 if policy is None else 0.2),
+    ):
         named = network.named_parameters() if isinstance(network, nn.Module) else ()
         params = [(key, p) for key, p in named if p.requires_grad]
         if params:
-            peak = peaks[name]
-            waits = name == "posterior" and policy is not None
-            group = {"params": params, "lr": peak, "peak": peak, "network": name}
-            groups.append({**group, "warm_up": 0.2 if waits else 0.01})
+            group = {"params": params, "lr": peak, "peak": peak}
+            groups.append({**group, "network": name, "warm_up": warm_up})
     return groups
 
 
 def update(optimizers, step, steps, end=0.1):
-    """One update after backward(), for groups as `order_groups` makes them, at `step` of `steps`.
+    """One update after backward(), of groups from `parameter_groups`, at `step` of `steps`.
 
     Each network's gradient is clipped to norm 1 by itself: the posterior's is now and then by far
     the largest, and clipped together it would shrink the others'. The rate warms up over the

@@ -301,7 +301,10 @@ def test_weights_at_the_start():
 
 @pytest.mark.parametrize("n_layer", [0, 2])
 def test_policy_is_a_small_head(n_layer):
-    policy, hidden = randomise(mdmvi.UnmaskPolicy(8, n_layer)), torch.randn(3, 8, generator=rng(0))
+    policy, hidden = (
+        randomise(mdmvi.UnmaskPolicy(tiny_config(), n_layer)),
+        torch.randn(3, 8, generator=rng(0)),
+    )
     expected = hidden
     for layer in policy.inner:
         h = expected @ layer.weight.T + layer.bias
@@ -480,7 +483,7 @@ def test_plain_loss_spreads_its_masking_rates(monkeypatch):
 def test_order_elbo(T):
     toy, (tokens, canvas) = Toy(), replicate(15000, X0, CANVAS)
     learned = mdmvi.order_elbo(toy, toy.policy, toy.posterior, tokens, canvas, T, TAU, 2, rng(T))
-    uniform = mdmvi.order_elbo(toy, None, None, tokens, canvas, T, TAU, 2, rng(T))
+    uniform = mdmvi.uniform_elbo(toy, tokens, canvas, T, 2, rng(T))
     assert not learned.requires_grad
     for row, (x0, on) in enumerate(zip(X0, CANVAS)):
         bound, log_p = exact_elbo(toy, x0, on, T)[0], exact_log_p(toy, x0, on, T)
@@ -615,6 +618,9 @@ def test_what_the_bounds_refuse():
     for word, values in (("budget is 0", (0, 0.1, 2)), ("samples is 0", (2, 0.1, 0))):
         with pytest.raises(ValueError, match=word):
             mdmvi.order_elbo(*models, X0, CANVAS, *values)
+    for word, values in (("budget is 0", (0, 2)), ("samples is 0", (2, 0))):
+        with pytest.raises(ValueError, match=word):
+            mdmvi.uniform_elbo(toy, X0, CANVAS, *values)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -767,11 +773,11 @@ def test_what_generate_refuses():
 # ------------------------------------------------------------------------------------------------
 
 
-def test_order_groups():
+def test_parameter_groups():
     denoiser, policy, posterior = tiny_models()
     posterior.trunk.wte.requires_grad_(False)
     networks = {"denoiser": denoiser, "policy": policy, "posterior": posterior}
-    groups = mdmvi.order_groups(denoiser, policy, posterior, 0.1, 0.2, 0.3)
+    groups = mdmvi.parameter_groups(denoiser, policy, posterior, 0.1, 0.2, 0.3)
     assert [(g["network"], g["lr"], g["peak"]) for g in groups] == [
         ("denoiser", 0.1, 0.1), ("policy", 0.2, 0.2), ("posterior", 0.3, 0.3)
     ]  # fmt: skip
@@ -780,7 +786,7 @@ def test_order_groups():
         assert dict(group["params"]) == {name: p for name, p in named if p.requires_grad}
     assert "trunk.wte.weight" not in dict(groups[2]["params"])
     for frozen in (Toy(), denoiser.requires_grad_(False)):
-        names = [g["network"] for g in mdmvi.order_groups(frozen, policy, posterior)]
+        names = [g["network"] for g in mdmvi.parameter_groups(frozen, policy, posterior)]
         assert names == ["policy", "posterior"]
 
 
@@ -825,7 +831,10 @@ def test_update_sets_the_rate_and_clips_each_network_by_itself(step, steps, end,
 def test_the_posterior_waits_for_the_policy():
     networks = tiny_models()
     rates = []
-    for groups in (mdmvi.order_groups(*networks), mdmvi.order_groups(None, None, networks[2])):
+    for groups in (
+        mdmvi.parameter_groups(*networks),
+        mdmvi.parameter_groups(None, None, networks[2]),
+    ):
         optimizer = torch.optim.SGD(groups)
         for step in (0, 49, 99, 199):
             for p in networks[2].parameters():
@@ -869,9 +878,9 @@ def holed_problems():
     return tokens, canvas
 
 
-def test_run_values_are_the_log_probabilities_of_runs():
+def test_run_log_prob_are_the_log_probabilities_of_runs():
     toy, (tokens, canvas) = Toy(seed=3), holed_problems()
-    values = mdmvi.run_values(toy, tokens, canvas)
+    values = mdmvi.run_log_prob(toy, tokens, canvas)
     assert values.shape == (81, 4, 5)
     for x, on, found in zip(tokens, canvas, values):
         positions = places(on)
@@ -884,11 +893,11 @@ def test_run_values_are_the_log_probabilities_of_runs():
 
 
 @pytest.mark.parametrize("T", [2, 3, 6])
-def test_run_loss_is_the_mean_over_all_cuts(T):
+def test_cut_loss_is_the_mean_over_all_cuts(T):
     """And its gradient: every way to cut, with its probability; after T - 1 cuts no more count."""
     toy, (tokens, canvas) = Toy(seed=3), holed_problems()
     posterior = randomise(mdmvi.RunPosterior(tiny_config(n_layer=2)))
-    values, price = mdmvi.run_values(toy, tokens, canvas), 0.7
+    values, price = mdmvi.run_log_prob(toy, tokens, canvas), 0.7
     cut = posterior.scores(tokens, canvas).sigmoid()
     total = 0.0
     for row, on in enumerate(canvas):
@@ -901,14 +910,14 @@ def test_run_loss_is_the_mean_over_all_cuts(T):
             ends = [*starts[1:], len(positions)]
             value = sum(values[row, i, j] - price for i, j in zip(starts, ends))
             total = total - p * value / len(positions) / len(canvas)
-    loss = mdmvi.run_loss(posterior, tokens, canvas, values, T, price)
+    loss = mdmvi.cut_loss(posterior, tokens, canvas, values, T, price)
     assert loss.item() == pytest.approx(total.item(), rel=1e-4)
     weights = [p for p in posterior.parameters() if p.requires_grad]
     gradients = (torch.autograd.grad(x, weights, retain_graph=True) for x in (total, loss))
     for slow, fast in zip(*gradients):
         assert torch.allclose(slow, fast, rtol=1e-3, atol=1e-5)
     with pytest.raises(ValueError, match="budget is 1: with one step there is nothing to cut"):
-        mdmvi.run_loss(posterior, tokens, canvas, values, 1)
+        mdmvi.cut_loss(posterior, tokens, canvas, values, 1)
 
 
 def test_a_posterior_that_has_learned_the_cuts_draws_the_order():
@@ -965,7 +974,7 @@ LOSSES = [plain_loss, paper_loss, importance_loss]
 
 def train_step(loss_of, models, tokens, canvas, generator=None):
     """Forward, backward and an update with AdamW: the loss."""
-    optimizer = torch.optim.AdamW(mdmvi.order_groups(*models))
+    optimizer = torch.optim.AdamW(mdmvi.parameter_groups(*models))
     loss = loss_of(*models, tokens, canvas, generator=generator)
     loss.backward()
     mdmvi.update([optimizer], step=0, steps=10)
@@ -981,7 +990,7 @@ def test_seeds():
     models, (tokens, canvas) = tiny_models(), some_problems()
     calls = [lambda g, f=f: f(*models, tokens, canvas, generator=g) for f in LOSSES]
     calls.append(lambda g: mdmvi.order_elbo(*models, tokens, canvas, 4, TAU, 2, g))
-    calls.append(lambda g: mdmvi.order_elbo(models[0], None, None, tokens, canvas, 4, TAU, 2, g))
+    calls.append(lambda g: mdmvi.uniform_elbo(models[0], tokens, canvas, 4, 2, g))
     for strategy in RULES + RANDOM:
         calls.append(
             lambda g, rule=strategy: torch.cat(
@@ -1947,7 +1956,7 @@ def test_a_stop_in_the_search_after_start_can_be_resumed(trained, tmp_path, monk
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(mdmvi, "run_values", interrupted)
+        patch.setattr(mdmvi, "run_log_prob", interrupted)
         assert call(train, *start, "--out", tmp_path / "cut") == 130
     assert call(train, *flags(trained), "--resume", "--out", tmp_path / "cut") == 0
     assert alike(tmp_path / "whole" / "checkpoint.pt", tmp_path / "cut" / "checkpoint.pt")
@@ -2005,7 +2014,7 @@ def record(monkeypatch, *names):
     return sizes
 
 
-LOSS_NAMES = ("mdm_loss", "run_loss", "importance_order_loss", "order_loss")
+LOSS_NAMES = ("mdm_loss", "cut_loss", "importance_order_loss", "order_loss")
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Training: stage 1 (plain MDM), the equal-compute baseline, stage 2 (orders), and the table.
 
     python train.py                                    # embedded word problems, CPU, minutes
-    python train.py --data openai/gsm8k                # or a local .jsonl(.gz|.xz) file or folder
+    python train.py --data openai/gsm8k --max-len 256 --canvas-len 96   # or a file, or a folder
     python train.py --resume                           # go on from out/checkpoint.pt
     python train.py --start out/plain.pt --budget 10 --out out10      # stage 2, another budget
 
@@ -276,13 +276,13 @@ def stage_groups(run, stage):
     """(parameter groups, number of steps, problems a step) of a stage."""
     args = run.args
     if stage == "plain":
-        return mdmvi.order_groups(run.denoiser, None, None, args.lr), args.steps, args.batch
+        return mdmvi.parameter_groups(run.denoiser, None, None, args.lr), args.steps, args.batch
     if stage == "baseline":
-        groups = mdmvi.order_groups(run.plain, None, None, args.order_lr)
+        groups = mdmvi.parameter_groups(run.plain, None, None, args.order_lr)
         return groups, baseline_steps(args), args.order_batch * passes(args)
     run.denoiser.requires_grad_(args.order_lr > 0)
     networks = (run.denoiser, run.policy, run.posterior)
-    groups = mdmvi.order_groups(*networks, args.order_lr, args.head_lr, args.head_lr / 10)
+    groups = mdmvi.parameter_groups(*networks, args.order_lr, args.head_lr, args.head_lr / 10)
     return groups, args.order_steps, args.order_batch
 
 
@@ -401,18 +401,18 @@ def search_orders(run, data, stop):
     args, values = run.args, []
     tokens, canvas = pick(data, args.search, run.generator)
     parts = list(zip(tokens.split(64), canvas.split(64)))
-    for x, on in tqdm(parts, desc="runs", unit="batch", mininterval=1.0):
+    for x, on in tqdm(parts, desc="search", unit="batch", mininterval=1.0):
         with autocast(run.device):
-            values.append(mdmvi.run_values(run.denoiser, x.long(), on))
+            values.append(mdmvi.run_log_prob(run.denoiser, x.long(), on))
         stop_search(stop)
     values = torch.cat(values)
-    groups = mdmvi.order_groups(None, None, run.posterior, posterior_lr=args.head_lr)
+    groups = mdmvi.parameter_groups(None, None, run.posterior, posterior_lr=args.head_lr)
     optimizers = make_optimizers(groups, args.optimizer)
-    bar = tqdm(range(SEARCH_STEPS), desc="search", unit="step", mininterval=1.0)
+    bar = tqdm(range(SEARCH_STEPS), desc="cuts", unit="step", mininterval=1.0)
     for step in bar:
         x, on, value = pick((tokens, canvas, values), SEARCH_BATCH, run.generator)
         with autocast(run.device):
-            loss = mdmvi.run_loss(run.posterior, x.long(), on, value, args.budget)
+            loss = mdmvi.cut_loss(run.posterior, x.long(), on, value, args.budget)
         loss.backward()
         mdmvi.update(optimizers, step, SEARCH_STEPS, args.end_lr)
         if step % 20 == 19:
@@ -469,18 +469,17 @@ def print_bounds(run, problems):
     tokens, canvas = tokens[fits][:256].long().to(run.device), canvas[fits][:256].to(run.device)
     generator = torch.Generator(run.device).manual_seed(args.seed)
 
-    def bound(denoiser, policy=None, posterior=None):
-        networks = (denoiser, policy, posterior)
-        nats = mdmvi.order_elbo(*networks, tokens, canvas, args.budget, args.tau, 4, generator)
-        return f"{float(nats.sum() / canvas.sum()):.4f}"
-
-    print(f"\nELBO at T={args.budget}, nats per canvas token, {len(tokens)} held-out problems:")
+    data, bounds = (tokens, canvas, args.budget), {}
     if args.order_steps:
-        learned = bound(run.denoiser, run.policy, run.posterior)
-        print(f"  learned order                      {learned}")
-    print(f"  uniform random order, same model   {bound(run.denoiser)}")
-    if run.plain is not None:
-        print(f"  uniform random order, plain model  {bound(run.plain)}")
+        networks = (run.denoiser, run.policy, run.posterior)
+        bounds["learned order"] = mdmvi.order_elbo(*networks, *data, args.tau, 4, generator)
+    for name, denoiser in (("same", run.denoiser), ("plain", run.plain)):
+        if denoiser is not None:
+            nats = mdmvi.uniform_elbo(denoiser, *data, 4, generator)
+            bounds[f"uniform random order, {name} model"] = nats
+    print(f"\nELBO at T={args.budget}, nats per canvas token, {len(tokens)} held-out problems:")
+    for name, nats in bounds.items():
+        print(f"  {name:35}{float(nats.sum() / canvas.sum()):.4f}")
 
 
 def prepare_folder(args):

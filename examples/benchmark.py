@@ -310,7 +310,7 @@ def print_against_plain(run, flags, data):
     parts = run.args.accumulate
 
     def step_with(network, loss_of):
-        groups = mdmvi.order_groups(network, None, None, 1e-4)
+        groups = mdmvi.parameter_groups(network, None, None, 1e-4)
         optimizers = make_optimizers(groups, run.args.optimizer)
 
         def step():

@@ -55,9 +55,9 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(groups, name):
-    """[AdamW], or with Muon for the matrices inside the blocks [AdamW for the rest, Muon].
+    """[AdamW], or with Muon for the matrices of the trunks' blocks [AdamW for the rest, Muon].
 
-    groups: as `mdmvi.order_groups` makes them; name: "adamw" or "muon".
+    groups: as `mdmvi.parameter_groups` makes them; name: "adamw" or "muon".
     """
     rest, matrices = [], []
     for group in groups:

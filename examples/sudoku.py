@@ -262,7 +262,7 @@ def make_networks(box, size, seed, device):
     )
     torch.manual_seed(seed)
     denoiser = mdmvi.Denoiser(config).to(device)
-    return denoiser, mdmvi.UnmaskPolicy(config.n_embd, n_layer=2).to(device)
+    return denoiser, mdmvi.UnmaskPolicy(config, n_layer=2).to(device)
 
 
 def train_denoiser(denoiser, data, steps, batch, generator):
@@ -272,7 +272,7 @@ def train_denoiser(denoiser, data, steps, batch, generator):
         with train.autocast(generator.device):
             return mdmvi.mdm_loss(denoiser, *train.pick(data, batch, generator), generator)
 
-    minimise(mdmvi.order_groups(denoiser, None, None, LR), loss_of, steps, "denoiser")
+    minimise(mdmvi.parameter_groups(denoiser, None, None, LR), loss_of, steps, "denoiser")
     denoiser.eval().requires_grad_(False)
 
 
@@ -301,7 +301,7 @@ def train_policy(denoiser, policy, data, budget, generator):
         (state_loss, POLICY_LR, STATE_STEPS, "policy, states"),
         (bound_loss, BOUND_LR, BOUND_STEPS, "policy, bound"),
     ):
-        groups = mdmvi.order_groups(None, policy, None, policy_lr=lr)
+        groups = mdmvi.parameter_groups(None, policy, None, policy_lr=lr)
         minimise(groups, loss_of, steps, label)
     policy.eval()
 
@@ -318,11 +318,10 @@ def bounds(denoiser, policy, tokens, canvas, budget, seed):
     """Bounds of the learned and of uniformly random orders, nats per blank."""
     posterior = search_posterior(denoiser, budget, TAU)
     generator = torch.Generator(tokens.device).manual_seed(seed)
-    shares = []
-    for networks in ((denoiser, policy, posterior), (denoiser, None, None)):
-        nats = mdmvi.order_elbo(*networks, tokens, canvas, budget, TAU, 4, generator)
-        shares.append(float(nats.sum() / canvas.sum()))
-    return shares
+    data, networks = (tokens, canvas, budget), (denoiser, policy, posterior)
+    learned = mdmvi.order_elbo(*networks, *data, TAU, 4, generator)
+    uniform = mdmvi.uniform_elbo(denoiser, *data, 4, generator)
+    return [float(nats.sum() / canvas.sum()) for nats in (learned, uniform)]
 
 
 def attempt(denoiser, policy, puzzles, blank, strategy, budget, seed):

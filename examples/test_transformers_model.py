@@ -172,15 +172,15 @@ def test_orders_are_searched_and_then_the_bound_takes_over(trained, monkeypatch)
         monkeypatch.setattr(mdmvi, name, call)
 
     monkeypatch.setattr(transformers_model, "SEARCH_STEPS", 2)
-    spy("run_values", 1)
-    spy("run_loss", 1)
+    spy("run_log_prob", 1)
+    spy("cut_loss", 1)
     spy("importance_order_loss", 3)
     networks = (trained, *transformers_model.make_networks(trained, 4))
     canvas = torch.tensor([False, False, True, True]).expand(100, 4)
     tokens = twins(100, torch.Generator().manual_seed(0))
     transformers_model.learn_order(networks, tokens, canvas, 2, 3)
-    assert losses[:2] == [("run_values", 64), ("run_values", 36)]
-    assert losses[2:] == 2 * [("run_loss", 32)] + 3 * [("importance_order_loss", 16)]
+    assert losses[:2] == [("run_log_prob", 64), ("run_log_prob", 36)]
+    assert losses[2:] == 2 * [("cut_loss", 32)] + 3 * [("importance_order_loss", 16)]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -192,7 +192,7 @@ def test_orders_are_searched_and_then_the_bound_takes_over(trained, monkeypatch)
 def test_one_block_is_one_call(strategy):
     denoiser, (tokens, canvas) = wrapped(), some_problems()
     torch.manual_seed(0)
-    policy = mdmvi.UnmaskPolicy(32)
+    policy, _ = transformers_model.make_networks(denoiser, 12)
 
     def run(generate, *args):
         generator = torch.Generator().manual_seed(0)

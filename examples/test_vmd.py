@@ -149,16 +149,6 @@ def test_latent_and_its_kl():
 
 
 @pytest.mark.parametrize("T", [1, 2])
-def test_random_steps_elbo(T):
-    toy, z = Toy(), torch.tensor([[0.8], [-0.4]])
-    rows = replicate(10000, X0, CANVAS, z)
-    samples = vmd.random_steps_elbo(vmd.Given(toy, rows.pop()), *rows, T, 2, rng(T))
-    for row in range(2):
-        _, bound = exact_given(toy, X0[row], CANVAS[row], T, z[row])
-        assert_mean(samples[row::2], bound[0], precision=0.01)
-
-
-@pytest.mark.parametrize("T", [1, 2])
 def test_vmd_elbo(T):
     toy = Toy()
     tokens, canvas = replicate(10000, X0, CANVAS)
@@ -233,14 +223,11 @@ def test_bad_values():
     for call in (
         lambda: vmd.random_steps_loss(vmd.Given(toy, z), X0, CANVAS, 0),
         lambda: vmd.vmd_loss(toy, X0, CANVAS, 0),
-        lambda: vmd.random_steps_elbo(vmd.Given(toy, z), X0, CANVAS, 0, 2),
         lambda: vmd.vmd_elbo(toy, X0, CANVAS, 0, 2),
         lambda: vmd.generate(toy, X0, CANVAS, "random", 0),
     ):
         with pytest.raises(ValueError, match="budget is 0"):
             call()
-    with pytest.raises(ValueError, match="samples is 0"):
-        vmd.random_steps_elbo(vmd.Given(toy, z), X0, CANVAS, 2, 0)
     with pytest.raises(ValueError, match="samples is 0"):
         vmd.vmd_elbo(toy, X0, CANVAS, 2, 0)
     for strategy in ("learned", "best"):

@@ -155,7 +155,7 @@ def learn_order(networks, tokens, canvas, budget, steps, generator=None):
     denoiser, policy, posterior = networks
     parts = list(zip(tokens[:SEARCHED].split(64), canvas[:SEARCHED].split(64)))
     bar = tqdm(parts, desc="runs", unit="batch")
-    values = torch.cat([mdmvi.run_values(denoiser, *part) for part in bar])
+    values = torch.cat([mdmvi.run_log_prob(denoiser, *part) for part in bar])
 
     def pick(count, n):
         return torch.randint(count, (n,), device=tokens.device, generator=generator)
@@ -163,7 +163,7 @@ def learn_order(networks, tokens, canvas, budget, steps, generator=None):
     def search():
         rows = pick(len(values), SEARCH_BATCH)
         data = (posterior, tokens[rows], canvas[rows], values[rows], budget)
-        return mdmvi.run_loss(*data)
+        return mdmvi.cut_loss(*data)
 
     def bound():
         rows = pick(len(tokens), BATCH)
@@ -171,9 +171,9 @@ def learn_order(networks, tokens, canvas, budget, steps, generator=None):
         return mdmvi.importance_order_loss(*data)[0]
 
     if budget > 1:
-        groups = mdmvi.order_groups(None, None, posterior, posterior_lr=3e-3)
+        groups = mdmvi.parameter_groups(None, None, posterior, posterior_lr=3e-3)
         minimise(search, groups, SEARCH_STEPS, "search")
-    minimise(bound, mdmvi.order_groups(*networks), steps, "order")
+    minimise(bound, mdmvi.parameter_groups(*networks), steps, "order")
 
 
 def minimise(loss_of_batch, groups, steps, label):

@@ -130,15 +130,6 @@ def vmd_loss(denoiser, tokens, canvas, budget, generator=None):
     return loss + (kl / canvas.sum(1)).mean()
 
 
-def random_steps_elbo(denoiser, tokens, canvas, budget, samples, generator=None):
-    """The bound that `random_steps_loss` trains: estimate [B], nats per sequence.
-
-    Each of the samples is a path through all steps. Raises ValueError on a budget or samples
-    below 1.
-    """
-    return mdmvi.order_elbo(denoiser, None, None, tokens, canvas, budget, 1.0, samples, generator)
-
-
 @torch.no_grad()
 def vmd_elbo(denoiser, tokens, canvas, budget, samples, generator=None):
     """The bound that `vmd_loss` trains: estimate [B], nats per sequence.
@@ -150,7 +141,7 @@ def vmd_elbo(denoiser, tokens, canvas, budget, samples, generator=None):
     total = 0.0
     for _ in range(samples):
         z, kl = draw_latent(denoiser.encoder, tokens, canvas, generator)
-        bound = random_steps_elbo(Given(denoiser, z), tokens, canvas, budget, 1, generator)
+        bound = mdmvi.uniform_elbo(Given(denoiser, z), tokens, canvas, budget, 1, generator)
         total = total + bound - kl
     return total / samples
 
@@ -203,7 +194,7 @@ class Method(NamedTuple):
     generate: Callable  # (denoiser, tokens, canvas, strategy, budget, temperature=, generator=)
 
 
-PLAIN = Method("plain MDM", random_steps_loss, random_steps_elbo, mdmvi.generate)
+PLAIN = Method("plain MDM", random_steps_loss, mdmvi.uniform_elbo, mdmvi.generate)
 VMD = Method("VMD", vmd_loss, vmd_elbo, generate)
 # In two dimensions the pairs often settle on a ring; on a line their slices of N(0, 1) are sharper.
 RECIPES = {
@@ -230,7 +221,7 @@ def train_denoiser(method, recipe, vocab_size, length, draw, seed, device, label
     else:
         denoiser = mdmvi.Denoiser(config).to(device)
     generator = torch.Generator(device).manual_seed(seed)
-    groups = mdmvi.order_groups(denoiser, None, None, recipe["lr"])
+    groups = mdmvi.parameter_groups(denoiser, None, None, recipe["lr"])
 
     def loss_of():
         data = draw(recipe["batch"], generator)

@@ -87,6 +87,7 @@ def main(argv=None):
     add = parser.add_argument
     add("--checkpoint", default="out/checkpoint.pt", help="what train.py wrote")
     add("--data", help=".json/.jsonl(.gz/.xz) file, folder or hub name (default: embedded ones)")
+    add("--budget", type=positive, help="steps, T (default: the budget it was trained for)")
     add("--problems", type=positive, help="how many (default: 2000 embedded ones, or the file)")
     add("--samples", type=positive, default=4, help="paths drawn for each problem")
     add("--batch", type=positive, default=64, help="problems scored together")
@@ -103,7 +104,7 @@ def main(argv=None):
     if not any(fits):
         raise UserError("no problem fits this model's context: give others, or train a longer one")
     tokens, canvas = tokens[fits].long().to(args.device), canvas[fits].to(args.device)
-    budget, tau = checkpoint["args"]["budget"], checkpoint["args"]["tau"]
+    budget, tau = args.budget or checkpoint["args"]["budget"], checkpoint["args"]["tau"]
     generator = torch.Generator(args.device).manual_seed(args.seed)
 
     plain = models.plain or models.denoiser

@@ -92,8 +92,10 @@ def test_the_table(has_order, monkeypatch, capsys):
     monkeypatch.setattr(eval_gsm8k, "build_models", lambda checkpoint, device: models)
     monkeypatch.setattr(eval_gsm8k, "pick_problems", lambda *args: [None] * 6)
     monkeypatch.setattr(eval_gsm8k, "encode_problems", lambda *args: (tokens, canvas, [True] * 6))
-    bounds.main(["--batch", "4"])
-    rows = [line.split()[:-3] for line in capsys.readouterr().out.splitlines()[4:]]
+    bounds.main(["--batch", "4", "--budget", "3"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith("6 of 6 problems fit; T = 3,")
+    rows = [line.split()[:-3] for line in lines[4:]]
     learned = [["learned", "order"], ["uniform", "order"]] if has_order else []
     rules = [[rule, "plain"] for rule in bounds.RULES]
     assert rows == [*learned, ["uniform", "plain"], *rules, ["best", "runs", "plain"]]

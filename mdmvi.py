@@ -170,6 +170,19 @@ class UnmaskPolicy(nn.Module):
         return self.outer(hidden).squeeze(-1).float()
 
 
+def token_log_prob(denoiser, tokens, masked):
+    """One pass on x_s: (log p_theta(x_0^i | x_s) fp32 [B, N], 0 off M_s; hidden [B, N, D]).
+
+    Logits are computed where they are scored, at M_s.
+    """
+    hidden = denoiser(tokens.masked_fill(masked, denoiser.mask_id))
+    place, used = scored_places(denoiser, masked)
+    logits = denoiser.logits(hidden.flatten(0, 1)[place]).float()
+    log_p = -F.cross_entropy(logits, tokens.flatten()[place], reduction="none")
+    flat = log_p.new_zeros(tokens.numel()).scatter_add(0, place, torch.where(used, log_p, 0.0))
+    return flat.view(tokens.shape), hidden
+
+
 def scored_places(denoiser, masked):
     """Where M_s lies in the flattened batch: (place int64 [M], used bool [M]).
 
@@ -182,24 +195,6 @@ def scored_places(denoiser, masked):
         room = len(masked) * (getattr(denoiser, "canvas_len", 0) or masked.shape[1])
         place = torch.nonzero_static(masked.flatten(), size=room, fill_value=-1).squeeze(1)
     return place.clamp(min=0), place >= 0
-
-
-def at_places(value, place, used, shape):
-    """Put value [M] where `scored_places` says, into zeros of the given shape [B, N]."""
-    flat = value.new_zeros(shape[0] * shape[1])
-    return flat.scatter_add(0, place, torch.where(used, value, 0.0)).view(shape)
-
-
-def token_log_prob(denoiser, tokens, masked):
-    """One pass on x_s: (log p_theta(x_0^i | x_s) fp32 [B, N], 0 off M_s; hidden [B, N, D]).
-
-    Logits are computed where they are scored, at M_s.
-    """
-    hidden = denoiser(tokens.masked_fill(masked, denoiser.mask_id))
-    place, used = scored_places(denoiser, masked)
-    logits = denoiser.logits(hidden.flatten(0, 1)[place]).float()
-    log_p = -F.cross_entropy(logits, tokens.flatten()[place], reduction="none")
-    return at_places(log_p, place, used, tokens.shape), hidden
 
 
 # ------------------------------------------------------------------------------------------------

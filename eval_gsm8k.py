@@ -10,17 +10,16 @@ reference.
 """
 
 import argparse
-import ast
+import functools
 import gzip
+import itertools
 import json
 import lzma
 import math
-import operator
 import os
 import re
 import sys
 import time
-import warnings
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -33,7 +32,9 @@ import mdmvi
 from examples.arithmetic import TASKS
 
 SEPARATOR = "||"  # between question and answer, as in SMDM's fine-tuning data
-VERSION = 2  # of the checkpoints
+VERSION = 3  # of the checkpoints
+RULES = [rule for rule in mdmvi.STRATEGIES if rule != "learned"]
+RULES += [f"{rule}+eos" for rule in mdmvi.CONFIDENCE_RULES]  # eos_aware
 os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its client would tell of each of its tries
 
 
@@ -45,8 +46,7 @@ class UserError(Exception):
 # Tokenizer: lossless; digits one token each, the marks of an equation, frequent words, else bytes
 # ------------------------------------------------------------------------------------------------
 
-SYMBOLS = (">> <<", ">> #### ", " #### ", "<<", ">>", "####", "||", "+", "-", "*", "/", "=")
-MARKS = (*SYMBOLS, *"0123456789")
+MARKS = (">> <<", ">> #### ", " #### ", "<<", ">>", "####", "||", *"+-*/=0123456789")
 # A word takes the space before it along, and the space after it where a number follows.
 WORD = r" ?[A-Za-z]+(?: (?=[0-9]))?| ?[^\sA-Za-z0-9](?: (?=[0-9]))?|\s"
 PIECE = re.compile("|".join(map(re.escape, MARKS)) + "|" + WORD, re.DOTALL)
@@ -61,6 +61,8 @@ class Tokenizer:
         self.pieces = [str(piece) for piece in pieces]
         self.ids = {piece: 257 + i for i, piece in enumerate(self.pieces)}
         self.vocab_size = self.mask_id = 257 + len(self.pieces)
+        encoded = [piece.encode("utf-8", "surrogatepass") for piece in self.pieces]
+        self.bytes = [b"", *(bytes([b]) for b in range(256)), *encoded, b""]  # of each id
 
     @classmethod
     def build(cls, texts, max_pieces=4096, min_count=5):
@@ -80,16 +82,11 @@ class Tokenizer:
         return ids
 
     def decode(self, ids):
-        text = b"".join(self.token_bytes(i) for i in ids)
+        text = b"".join(self.bytes[i] for i in ids)
         try:
             return text.decode("utf-8", "surrogatepass")
         except UnicodeDecodeError:  # bytes a model strung together
             return text.decode("utf-8", "replace")
-
-    def token_bytes(self, i):
-        if i in (self.eos_id, self.mask_id):
-            return b""
-        return bytes([i - 1]) if i < 257 else self.pieces[i - 257].encode("utf-8", "surrogatepass")
 
 
 class LlamaTokenizer:
@@ -115,11 +112,6 @@ class LlamaTokenizer:
         return self.bpe.decode(list(ids))
 
 
-def tokenizer_of(pieces):
-    """The tokenizer of a checkpoint: its list of pieces, or the text of a tokenizer.json."""
-    return LlamaTokenizer(pieces) if isinstance(pieces, str) else Tokenizer(pieces)
-
-
 # ------------------------------------------------------------------------------------------------
 # GSM8K: reading data files, checking answers
 # ------------------------------------------------------------------------------------------------
@@ -135,45 +127,37 @@ def read_records(path):
             text = file.read()
     except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError, zlib.error) as error:
         raise UserError(f"cannot read {path}: {error}; give UTF-8 .json or .jsonl, .gz or .xz too")
-    if not text.strip():
-        raise UserError(f"{path} is empty: give a file with one JSON object a line")
-    if text.lstrip().startswith("["):
-        yield from ((f"record {i}", r) for i, r in enumerate(parsed(text, path, 1), 1))
-        return
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            yield f"line {number}", parsed(line, path, number)
-
-
-def parsed(text, path, first_line):
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        line = first_line + error.lineno - 1
-        raise UserError(f"{path} line {line} is not JSON ({error.msg}): mend or remove it")
-    except RecursionError:
-        raise UserError(f"{path} line {first_line} is nested too deeply: mend or remove it")
+    is_array = text.lstrip().startswith("[")
+    for number, part in enumerate([text] if is_array else text.split("\n"), 1):
+        if not part.strip():
+            continue
+        try:
+            found = json.loads(part)
+        except (json.JSONDecodeError, RecursionError) as error:
+            line, why = number + getattr(error, "lineno", 1) - 1, getattr(error, "msg", error)
+            raise UserError(f"{path} line {line} is not JSON ({why}): mend or remove it")
+        if is_array:
+            yield from ((f"{path} record {i}", record) for i, record in enumerate(found, 1))
+        else:
+            yield f"{path} line {number}", found
 
 
 def hub_records(name, split):
     """(where, row) for each row of a data set on the hub."""
     try:
         import datasets
-    except ImportError:
-        raise UserError(f"{name} is a hub name: pip install datasets, or give a local file")
-    try:
+
         subset = "main" if name == "openai/gsm8k" else None
         rows = datasets.load_dataset(name, subset, split=split)
     except Exception as error:  # the hub client raises many kinds, all of which mean: not to be had
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:140]
-        raise UserError(
-            f"cannot load {name} from the hub ({reason}): go online or give a local file"
-        )
-    return ((f"row {i}", row) for i, row in enumerate(rows))
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:140]
+        advice = "go online, pip install datasets, or give a local file"
+        raise UserError(f"cannot load {name} from the hub ({why}): {advice}")
+    return ((f"{name} row {i}", row) for i, row in enumerate(rows))
 
 
 def load_gsm8k(data, answers="equations", split="train"):
-    """Problems {question, answer, reference} from a file, a folder of files, or a hub name.
+    """Problems {question, answer} from a file, a folder of files, or a hub name.
 
     answers: "equations" keeps the <<...>> notes and the #### line, "full" the whole solution.
     Raises UserError for what cannot be read or is no such problem.
@@ -181,52 +165,43 @@ def load_gsm8k(data, answers="equations", split="train"):
     path = Path(data)
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.name.endswith(SUFFIXES))
-        if not files:
-            raise UserError(f"no .json or .jsonl file (plain, .gz, .xz) in the folder {path}")
-        sources = [(file, read_records(file)) for file in files]
+        records = itertools.chain.from_iterable(map(read_records, files))
     elif path.exists():
-        sources = [(path, read_records(path))]
+        records = read_records(path)
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", data) and not data.endswith(SUFFIXES):
-        sources = [(data, hub_records(data, split))]
+        records = hub_records(data, split)
     else:
         raise UserError(f"no data at {data}: give a .json/.jsonl file, a folder, or a hub name")
-    problems = []
-    for source, records in sources:
-        problems += [gsm8k_problem(r, answers, f"{source} {where}") for where, r in records]
+    problems = [gsm8k_problem(record, answers, where) for where, record in records]
     if not problems:
-        raise UserError(f"{data} holds no problem: give a file with one JSON object a line")
+        raise UserError(
+            f"{data} holds no problem: give .json or .jsonl (.gz, .xz), an object a line"
+        )
     return problems
 
 
 def gsm8k_problem(record, answers, where):
     """One row of openai/gsm8k (prose with notes) or of GSM8k-Aug (question, cot, answer)."""
-    columns = ("question", "answer", "cot")
     if not isinstance(record, dict) or not {"question", "answer"} <= record.keys():
         raise UserError(f"{where} has no columns question and answer: mend or remove it")
-    for column in columns:
-        # A final answer alone may be a number
-        number = column == "answer" and isinstance(record[column], (int, float))
-        if column in record and not isinstance(record[column], str) and not number:
+    # A final answer alone may be a number
+    kinds = {"question": str, "answer": (str, int, float), "cot": str}
+    for column, kind in kinds.items():
+        if column in record and not isinstance(record[column], kind):
             raise UserError(f"{where} has a {column} that is no text: mend or remove it")
     solution, mark, final = str(record["answer"]).rpartition("####")
-    if "cot" in record:
-        solution = record["cot"]
-    elif not mark:
-        raise UserError(f"{where} has no final answer: needed is '#### N', or a column cot")
-    if final_number(f"#### {final}") is None:
-        raise UserError(f"{where} has no number in its final answer: mend or remove it")
-    final = final.strip()
+    if not mark and "cot" not in record or final_number(f"#### {final}") is None:
+        raise UserError(f"{where} has no final answer: needed is '#### N', or a cot and a number")
     if "solutions" in record:  # an embedded problem
         solutions = record["solutions"]
         if not isinstance(solutions, list) or not all(isinstance(x, str) for x in solutions):
             raise UserError(f"{where} has solutions that are no list of texts: mend or remove it")
         return {key: record[key] for key in ("question", "answer", "solutions")}
-    equations = " ".join(re.findall(r"<<[^<>]*>>", solution))
+    solution, final = record.get("cot", solution), final.strip()
     if answers == "equations":
-        text = f"{equations} #### {final}".lstrip()
-    else:
-        text = f"{solution.strip()}\n#### {final}"
-    return {"question": record["question"], "answer": text, "reference": f"#### {final}"}
+        notes = re.findall(r"<<[^<>]*>>", solution)
+        return {"question": record["question"], "answer": " ".join([*notes, f"#### {final}"])}
+    return {"question": record["question"], "answer": f"{solution.strip()}\n#### {final}"}
 
 
 def final_number(text):
@@ -238,36 +213,17 @@ def final_number(text):
     return float(numbers[-1]) if numbers else None
 
 
-OPERATIONS = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-}
-
-
 def arithmetic_value(expression):
     """Value of a + - * / expression with brackets and %, or None if it is anything else."""
-
-    def value(node):
-        if isinstance(node, ast.BinOp):
-            return OPERATIONS[type(node.op)](value(node.left), value(node.right))
-        if isinstance(node, ast.UnaryOp):
-            return {ast.USub: -1, ast.UAdd: 1}[type(node.op)] * value(node.operand)
-        return float(node.value)
-
     expression = re.sub("[,$]", "", expression)
-    if not re.fullmatch(r"[\d\s.+*/()%-]*", expression):
-        return None
-    expression = re.sub(r"(\d+\.?\d*|\.\d+)\s*%", r"(\1/100)", expression)
+    expression = re.sub(r"(\d+(?:\.\d*)?|\.\d+)\s*%", r"(\1/100)", expression)
     expression = re.sub(r"(?<![\d.])0+(?=\d)", "", expression)  # 007 is a number here
-    try:
-        with warnings.catch_warnings():  # of what looks like a call, 2(3)
-            warnings.simplefilter("ignore")
-            return value(ast.parse(expression.strip(), mode="eval").body)
-    except (SyntaxError, ValueError, KeyError, AttributeError, TypeError, ArithmeticError):
+    # eval sees these characters only: no names, no powers, and no calls such as 2(3)
+    if re.search(r"[^\d\s.+*/()-]|\*\*|//|[\d.)]\s*\(", expression):
         return None
-    except (RecursionError, MemoryError):  # a model can write a great many brackets
+    try:
+        return float(eval(expression.strip()))
+    except Exception:  # it divides by zero, say, or has a great many brackets
         return None
 
 
@@ -277,11 +233,11 @@ def solves_equations(text, reference):
     for note in re.findall(r"<<([^<>]*)>>", text):
         left, _, written = note.rpartition("=")
         value, result = arithmetic_value(left), arithmetic_value(written)
-        if value is None or result is None or not abs(value - result) <= 0.0101:
+        if None in (value, result) or not abs(value - result) <= 0.0101:
             return False
-    if result is None or right is None or abs(result - right) > 1e-6:
-        return False
-    return final_number(text) == right
+    return (
+        None not in (result, right) and abs(result - right) <= 1e-6 and final_number(text) == right
+    )
 
 
 # ------------------------------------------------------------------------------------------------
@@ -289,12 +245,13 @@ def solves_equations(text, reference):
 # ------------------------------------------------------------------------------------------------
 
 
-def encode_problems(problems, tokenizer, max_len, canvas_len, with_answers=True):
+def encode_problems(problems, tokenizer, config, with_answers=True):
     """Lay problems out as prompt, canvas of `canvas_len` tokens filled with EOS, then EOS off it.
 
     Returns (tokens int32 [M, max_len], canvas bool [M, max_len], fits: list of M bools). A problem
     that does not fit has an empty canvas.
     """
+    max_len, canvas_len = config.max_len, config.canvas_len
     tokens = torch.full((len(problems), max_len), tokenizer.eos_id, dtype=torch.int32)
     canvas = torch.zeros(len(problems), max_len, dtype=torch.bool)
     fits = []
@@ -316,7 +273,7 @@ def answer_text(tokenizer, tokens, canvas):
 
 
 class Models(NamedTuple):
-    """The networks of a checkpoint; policy is None before stage 2, plain without a baseline."""
+    """The networks of a run; the orders are None before stage 2, plain without a baseline."""
 
     denoiser: mdmvi.Denoiser
     policy: mdmvi.UnmaskPolicy
@@ -331,64 +288,37 @@ def make_orders(kind, config):
     return mdmvi.UnmaskPolicy(config), mdmvi.OrderPosterior(config)
 
 
-PARTS = {name: dict for name in ("args", "config", "denoiser", "policy", "posterior")}
-PARTS |= {"plain": (dict, type(None)), "tokenizer": (list, str), "optimizers": list}
-PARTS |= {"stage": str, "step": int, "generator": torch.Tensor}
-
-
 def load_checkpoint(path, device="cpu"):
-    """The dict that train.py wrote (see train.Run.save). Raises UserError if it cannot be used."""
+    """What train.py wrote: (the dict, see train.Run.save; its tokenizer; its Models, on `device`).
+
+    Raises UserError if it cannot be used.
+    """
     advice = "give the checkpoint.pt that train.py wrote"
     if not os.path.isfile(path):
         raise UserError(f"no checkpoint at {path}: {advice}, or run python train.py first")
-    if os.path.getsize(path) == 0:
-        raise UserError(f"checkpoint {path} is empty: {advice}")
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
+        if checkpoint.get("version", VERSION) != VERSION:
+            raise UserError(f"checkpoint {path} was written by an older version: train again")
+        args, config = checkpoint["args"], mdmvi.ModelConfig(**checkpoint["config"])
+        pieces = checkpoint["tokenizer"]  # or the text of a tokenizer.json
+        tokenizer = LlamaTokenizer(pieces) if isinstance(pieces, str) else Tokenizer(pieces)
+        if tokenizer.vocab_size != config.vocab_size or args["budget"] < 1:
+            raise ValueError
+        denoiser, plain = mdmvi.Denoiser(config), mdmvi.Denoiser(config)
+        models = Models(denoiser, *make_orders(args["orders"], config), plain)
+        for name, network in models._asdict().items():
+            if checkpoint[name] is None:
+                models = models._replace(**{name: None})
+            else:
+                network.load_state_dict(checkpoint[name])
+                network.to(device)
+    except UserError:
+        raise
     except Exception as error:  # torch raises many kinds for a file that is cut off or not its own
-        reason = type(error).__name__
-        raise UserError(f"checkpoint {path} is damaged or not a checkpoint ({reason}): {advice}")
-    if not isinstance(checkpoint, dict) or checkpoint.get("program") != "mdmvi":
-        raise UserError(f"checkpoint {path} was written by another program: {advice}")
-    if checkpoint.get("version") != VERSION:
-        raise UserError(f"checkpoint {path} was written by an older version: train again")
-    for name, kind in PARTS.items():
-        if name not in checkpoint or not isinstance(checkpoint[name], kind):
-            raise UserError(f"checkpoint {path} is damaged (its {name} is missing): {advice}")
-    return checkpoint
-
-
-def fill(network, state, where):
-    """load_state_dict, or UserError where the tensors do not fit the network."""
-    try:
-        network.load_state_dict(state)
-    except (RuntimeError, TypeError, AttributeError):
-        raise UserError(
-            f"{where} does not fit the rest of the checkpoint: it is damaged, train again"
-        )
-
-
-def build_models(checkpoint, device="cpu"):
-    """The Models of a checkpoint, ready for use. Raises UserError where its parts do not fit."""
-    args, has_plain = checkpoint["args"], checkpoint["plain"] is not None
-    try:
-        config = mdmvi.ModelConfig(**checkpoint["config"])
-        orders = make_orders(args["orders"], config)
-        plain = mdmvi.Denoiser(config) if has_plain else None
-        models = Models(mdmvi.Denoiser(config), *orders, plain)
-        begun = checkpoint["stage"] == "order" and checkpoint["step"] > 0
-        has_order = args["order_steps"] > 0 and (begun or checkpoint["stage"] == "done")
-        fits = tokenizer_of(checkpoint["tokenizer"]).vocab_size == config.vocab_size
-        fits = fits and args["budget"] >= 1 and config.canvas_len < config.max_len
-    except (KeyError, TypeError, ValueError, RuntimeError, ArithmeticError, AttributeError):
-        fits = False
-    if not fits:
-        raise UserError("this checkpoint is damaged, its parts do not fit each other: train again")
-    for name, network in models._asdict().items():
-        if network is not None:
-            fill(network, checkpoint[name], f"the part {name!r}")
-            network.to(device).eval()
-    return models if has_order else models._replace(policy=None)
+        why = type(error).__name__
+        raise UserError(f"checkpoint {path} is damaged or not a checkpoint ({why}): {advice}")
+    return checkpoint, tokenizer, models
 
 
 # ------------------------------------------------------------------------------------------------
@@ -411,66 +341,33 @@ def mcnemar(first, second):
     return min(1.0, 2 * tail / 2 ** (wins + losses))
 
 
-def after_mark(text):
-    """What stands after the last ####, or all of the text."""
-    return text.rpartition("####")[2].strip()
-
-
-def is_answered(text, problem):
-    """Is what stands after #### right: as in one of the solutions, or the reference's number?"""
+def judge(text, problem):
+    """(Is what stands after #### right, is all of it?), by the solutions or by the reference."""
     if "solutions" in problem:
-        return "####" in text and after_mark(text) in map(after_mark, problem["solutions"])
-    right = final_number(problem["reference"])
-    return final_number(text) is not None and final_number(text) == right
+        endings = [solution.rpartition("####")[2].strip() for solution in problem["solutions"]]
+        _, mark, ending = text.rpartition("####")
+        return mark != "" and ending.strip() in endings, text in problem["solutions"]
+    reference = problem["answer"]
+    return final_number(text) == final_number(reference), solves_equations(text, reference)
 
 
-def is_solved(text, problem):
-    if "solutions" in problem:
-        return text in problem["solutions"]
-    return solves_equations(text, problem["reference"])
+def attempt(problems, tokenizer, tokens, canvas, policy, batch, seed, rule, budget, denoiser):
+    """Generate a solution for every problem with one rule; an empty canvas stays unsolved.
 
-
-def attempt(
-    problems, tokenizer, tokens, canvas, strategy, budget, denoiser, batch, seed, **options
-):
-    """Generate a solution for every problem with one strategy; an empty canvas stays unsolved.
-
-    Returns a dict: answered and solved (lists of bools), steps (list), seconds, texts.
+    Returns a dict: answered, solved (a bool each), steps (a number each), seconds.
     """
+    strategy, _, eos = rule.partition("+")
     generator = torch.Generator(tokens.device).manual_seed(seed)
-    options = {"generator": generator, **options}
+    options = {"policy": policy, "generator": generator, "eos_aware": bool(eos)}
     texts, steps, start = [], [], time.perf_counter()
     for x, on in zip(tokens.split(batch), canvas.split(batch)):
         out = mdmvi.generate(denoiser, x.long(), on, strategy, budget, **options)
         rows = zip(out.tokens.cpu(), on.cpu())
         texts += [answer_text(tokenizer, row, place) for row, place in rows]
         steps += out.steps.tolist()
-    return {
-        "answered": [is_answered(text, problem) for text, problem in zip(texts, problems)],
-        "solved": [is_solved(text, problem) for text, problem in zip(texts, problems)],
-        "steps": steps,
-        "seconds": time.perf_counter() - start,
-        "texts": texts,
-    }
-
-
-def all_rules():
-    """(strategy, eos_aware) of every fixed rule."""
-    rules = [(strategy, False) for strategy in mdmvi.STRATEGIES if strategy != "learned"]
-    return rules + [(strategy, True) for strategy in mdmvi.CONFIDENCE_RULES]
-
-
-def parse_rules(names):
-    """[(strategy, eos_aware)] from names like top_prob or top_prob+eos."""
-    known = {rule_name(*rule): rule for rule in all_rules()}
-    for name in names:
-        if name not in known:
-            raise UserError(f"unknown strategy {name!r}: choose from {', '.join(known)}")
-    return [known[name] for name in names]
-
-
-def rule_name(strategy, eos_aware):
-    return strategy + ("+eos" if eos_aware else "")
+    answered, solved = zip(*map(judge, texts, problems))
+    seconds = time.perf_counter() - start
+    return {"answered": answered, "solved": solved, "steps": steps, "seconds": seconds}
 
 
 def score(run, models, budgets, rules, sweep):
@@ -478,29 +375,27 @@ def score(run, models, budgets, rules, sweep):
     rounded up, and at its largest number; without a policy, every rule at the budgets; then every
     rule at the steps of `sweep`.
 
-    run(strategy, budget, denoiser, **options) is an attempt. Each rule runs on the order-trained
-    denoiser and on the plain one, and keeps the one with more right answers.
+    run(rule, budget, denoiser) is an attempt. Each rule runs on the order-trained denoiser and on
+    the plain one, and keeps the one with more right answers.
     """
-    done = {}
+    tries = [("order" if models.policy else "plain", models.denoiser)]
+    tries += [("plain", models.plain)] if models.plain else []
 
-    def best_model(strategy, eos_aware, steps):
-        tries = [("order" if models.policy else "plain", models.denoiser)]
-        tries += [("plain", models.plain)] if models.plain else []
-        results = [(name, run(strategy, steps, d, eos_aware=eos_aware)) for name, d in tries]
+    @functools.cache
+    def best_model(rule, steps):
+        results = [(name, run(rule, steps, denoiser)) for name, denoiser in tries]
         return max(results, key=lambda r: (sum(r[1]["answered"]), sum(r[1]["solved"])))
 
     def rule_rows(budget, match, steps, ours=None):
         for rule in rules:
-            if (rule, steps) not in done:
-                done[rule, steps] = best_model(*rule, steps)
-            model, result = done[rule, steps]
-            yield make_row(rule_name(*rule), budget, match, model, result, ours), result
+            model, result = best_model(rule, steps)
+            yield make_row(rule, budget, match, model, result, ours), result
 
     for budget in budgets:
         if models.policy is None:
             yield from rule_rows(budget, "", budget)
             continue
-        ours = run("learned", budget, models.denoiser, policy=models.policy)
+        ours = run("learned", budget, models.denoiser)
         row = make_row("learned", budget, "", "order", ours, None)
         yield row, ours
         yield from rule_rows(budget, "@Avg", max(1, math.ceil(row["average_steps"] - 1e-9)), ours)
@@ -572,44 +467,26 @@ def by_length(problems, result):
 
 
 def print_scores(
-    problems,
-    tokenizer,
-    max_len,
-    canvas_len,
-    models,
-    budgets,
-    rules=None,
-    sweep=(),
-    batch=128,
-    seed=0,
-    json_file=None,
+    problems, tokenizer, models, budgets, rules=RULES, sweep=(), batch=128, seed=0, json_file=None
 ):
     """Score, print the table and the learned order by length, write the rows to `json_file`."""
-    layout = (tokenizer, max_len, canvas_len)
-    tokens, canvas, fits = encode_problems(problems, *layout, with_answers=False)
+    config = models.denoiser.config
+    tokens, canvas, fits = encode_problems(problems, tokenizer, config, with_answers=False)
     if not all(fits):
         print(f"{fits.count(False)} prompts do not fit and count as wrong", file=sys.stderr)
     device = next(models.denoiser.parameters()).device
-    tokens, canvas = tokens.to(device), canvas.to(device)
-    rules = all_rules() if rules is None else rules
-    count = len(rules) * (len(budgets) * (2 if models.policy else 1) + len(sweep))
-    count += len(budgets) if models.policy else 0
-
-    def run(strategy, budget, denoiser, **options):
-        data = (problems, tokenizer, tokens, canvas)
-        return attempt(*data, strategy, budget, denoiser, batch, seed, **options)
-
-    results = []
+    data = (problems, tokenizer, tokens.to(device), canvas.to(device), models.policy, batch, seed)
+    rows_of_budget = 1 + 2 * len(rules) if models.policy else len(rules)
+    count = len(budgets) * rows_of_budget + len(sweep) * len(rules)
+    run, results = functools.partial(attempt, *data), []
     with tqdm(score(run, models, budgets, rules, sweep), "scoring", count, unit="row") as bar:
         for row, result in bar:
             results.append((row, result))
             bar.set_postfix_str(f"{row['method']} {100 * row['answered']:.1f}%", refresh=False)
     rows = [row for row, _ in results]
     precision = "TF32" if device.type == "cuda" else "fp32"
-    print(
-        f"\n{len(problems)} problems, {precision}; p: exact McNemar test, learned against a rule\n"
-    )
-    print(table(rows))
+    note = f"{precision}; p: exact McNemar test, learned against a rule"
+    print(f"\n{len(problems)} problems, {note}\n\n{table(rows)}")
     for row, result in results:
         if row["method"] == "learned":
             print(f"\nlearned order, T={row['budget']}, by number of equations\n")
@@ -618,11 +495,12 @@ def print_scores(
         write_file(json_file, json.dumps(rows, indent=1) + "\n")
 
 
-def check_file(path):
-    """Raise UserError if no file can be written there: to be asked before the long work."""
+def writable(path):
+    """argparse type: a file that can be written, found out before the long work."""
     folder = Path(path).absolute().parent
     if not folder.is_dir() or not os.access(folder, os.W_OK) or Path(path).is_dir():
         raise UserError(f"cannot write {path}: give a file in a folder that can be written")
+    return path
 
 
 def write_file(path, text):
@@ -654,20 +532,19 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
-def positive(text):
-    """argparse type: a whole number of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is below 1")
-    return value
+def at_least(least, kind=int):
+    """argparse type: a number from `least` up that torch takes, as a seed too."""
+
+    def number(text):
+        value = kind(text)
+        if not least <= value < 2**63:
+            raise argparse.ArgumentTypeError(f"{value} is not in {least} .. 2^63 - 1")
+        return value
+
+    return number
 
 
-def seed(text):
-    """argparse type: a whole number that torch takes as a seed."""
-    value = int(text)
-    if not 0 <= value < 2**63:
-        raise argparse.ArgumentTypeError(f"{value} is not in 0 .. 2^63 - 1")
-    return value
+positive, whole, amount = at_least(1), at_least(0), at_least(0, float)
 
 
 def check_device(name):
@@ -675,9 +552,7 @@ def check_device(name):
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError):
-        raise UserError(
-            f"--device {name} is not there: choose cpu, or cuda on a machine with a GPU"
-        )
+        raise UserError(f"--device {name} is not there: choose cpu, or cuda where there is a GPU")
     if torch.device(name).type == "cuda":
         torch.cuda.set_device(torch.device(name).index or 0)
         torch.set_float32_matmul_precision("high")
@@ -699,34 +574,19 @@ def main(argv=None):
     add("--checkpoint", default="out/checkpoint.pt", help="what train.py wrote")
     add("--data", help=".json/.jsonl(.gz/.xz) file, folder or hub name (default: embedded ones)")
     add("--budget", type=positive, nargs="+", help="budgets T (default: the one trained for)")
-    add("--strategies", nargs="+", metavar="RULE", help="rules to compare with (default: all)")
+    add("--strategies", nargs="+", choices=RULES, default=RULES, metavar="RULE", help="rules")
     add("--sweep", type=positive, nargs="+", default=(), help="score the rules at these steps too")
     add("--problems", type=positive, help="how many (default: 2000 embedded ones, or the file)")
     add("--batch", type=positive, default=128, help="problems generated together")
-    add("--seed", type=seed, default=0, help="seed of the draws")
+    add("--seed", type=whole, default=0, help="seed of the draws")
     add("--device", default=device, help="cpu, cuda, cuda:1, ...")
-    add("--json", metavar="FILE", help="write the rows as JSON")
+    add("--json", type=writable, metavar="FILE", help="write the rows as JSON")
     args = parser.parse_args(argv)
     check_device(args.device)
-    if args.json:
-        check_file(args.json)
-    rules = parse_rules(args.strategies) if args.strategies else None
-    checkpoint = load_checkpoint(args.checkpoint)
-    models = build_models(checkpoint, args.device)
+    checkpoint, tokenizer, models = load_checkpoint(args.checkpoint, args.device)
     problems = pick_problems(checkpoint, args.data, args.problems)
-    layout = (checkpoint["config"]["max_len"], checkpoint["config"]["canvas_len"])
-    print_scores(
-        problems,
-        tokenizer_of(checkpoint["tokenizer"]),
-        *layout,
-        models,
-        args.budget or [checkpoint["args"]["budget"]],
-        rules,
-        args.sweep,
-        args.batch,
-        args.seed,
-        args.json,
-    )
+    data = (problems, tokenizer, models, args.budget or [checkpoint["args"]["budget"]])
+    print_scores(*data, args.strategies, args.sweep, args.batch, args.seed, args.json)
 
 
 def run_main(main):
@@ -739,7 +599,8 @@ def run_main(main):
     except UserError as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:  # train.py says where
+        print(stop, file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # the reader, head say, has seen enough; nothing to flush to it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

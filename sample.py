@@ -7,7 +7,6 @@ What a step reveals stands in brackets, "_" is still masked, a dot is EOS.
 """
 
 import html
-import math
 import sys
 
 import torch
@@ -100,53 +99,51 @@ def page(prompt, results, tokenizer):
 
 def read_args(argv):
     parser = eval_gsm8k.Parser(__doc__)
-    add, positive = parser.add_argument, eval_gsm8k.positive
+    add = parser.add_argument
     add("prompt", nargs="?", help="the problem (default: read from standard input)")
     add("--checkpoint", default="out/checkpoint.pt", help="what train.py wrote")
-    add("--strategy", nargs="+", default=["learned"], help="one or several, like top_prob+eos")
-    add("--budget", type=positive, help="steps (default: the budget it was trained for)")
-    add("--temperature", type=float, default=0.0, help="0 takes the most likely token")
-    add("--seed", type=eval_gsm8k.seed, default=0, help="seed of the draws")
+    rules = ["learned", *eval_gsm8k.RULES]
+    add("--strategy", nargs="+", choices=rules, default=rules[:1], help="one or several")
+    add("--budget", type=eval_gsm8k.positive, help="steps (default: the budget it was trained for)")
+    number = eval_gsm8k.amount
+    add("--temperature", type=number, default=0.0, help="0 takes the most likely token")
+    add("--seed", type=eval_gsm8k.whole, default=0, help="seed of the draws")
     add("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
-    add("--html", metavar="FILE", help="write a page that shades each token by its step")
+    add(
+        "--html",
+        type=eval_gsm8k.writable,
+        metavar="FILE",
+        help="write a page that shades each token by its step",
+    )
     args = parser.parse_args(argv)
-    if not 0 <= args.temperature < math.inf:
-        raise UserError(f"--temperature is {args.temperature}: it must be at least 0")
     eval_gsm8k.check_device(args.device)
-    if args.html:
-        eval_gsm8k.check_file(args.html)
     return args
 
 
 def main(argv=None):
     args = read_args(argv)
-    rules = [
-        (name, eval_gsm8k.parse_rules([name])[0] if name != "learned" else (name, False))
-        for name in args.strategy
-    ]
-    checkpoint = eval_gsm8k.load_checkpoint(args.checkpoint)
     prompt = (sys.stdin.read() if args.prompt is None else args.prompt).strip()
     if not prompt:
         raise UserError("the prompt is empty: give it as an argument or on standard input")
-    models = eval_gsm8k.build_models(checkpoint, args.device)
+    checkpoint, tokenizer, models = eval_gsm8k.load_checkpoint(args.checkpoint, args.device)
     if models.policy is None and "learned" in args.strategy:
         raise UserError(f"{args.checkpoint} has no learned order: give another --strategy")
-    tokenizer = eval_gsm8k.tokenizer_of(checkpoint["tokenizer"])
-    max_len, canvas_len = (checkpoint["config"][name] for name in ("max_len", "canvas_len"))
+    config = models.denoiser.config
     problem = {"question": prompt, "answer": ""}
-    tokens, canvas, fits = eval_gsm8k.encode_problems([problem], tokenizer, max_len, canvas_len)
+    tokens, canvas, fits = eval_gsm8k.encode_problems([problem], tokenizer, config)
     if not fits[0]:
         length = len(tokenizer.encode(prompt + eval_gsm8k.SEPARATOR))
-        room = max_len - canvas_len
+        room = config.max_len - config.canvas_len
         raise UserError(f"the prompt has {length} tokens, the context leaves {room}: shorten it")
     data, results = (tokens.long().to(args.device), canvas.to(args.device)), []
     budget = args.budget or checkpoint["args"]["budget"]
-    for name, (strategy, eos_aware) in rules:
+    for name in args.strategy:
+        strategy, _, eos = name.partition("+")
         options = {
             "policy": models.policy,
             "temperature": args.temperature,
             "generator": torch.Generator(args.device).manual_seed(args.seed),
-            "eos_aware": eos_aware,
+            "eos_aware": bool(eos),
         }
         out = mdmvi.generate(models.denoiser, *data, strategy, budget, **options)
         row, on, steps = out.tokens[0].cpu(), canvas[0], int(out.steps[0])

@@ -10,7 +10,7 @@ and out/log.jsonl tells what happened on the way. The method is in mdmvi.py, dat
 in eval_gsm8k.py; here are the flags, the loop and the checkpoints.
 """
 
-import contextlib
+import copy
 import inspect
 import json
 import math
@@ -22,13 +22,14 @@ import time
 from argparse import BooleanOptionalAction
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Literal, get_args
 
 import torch
 from tqdm import tqdm
 
 import eval_gsm8k
 import mdmvi
-from eval_gsm8k import UserError
+from eval_gsm8k import UserError, amount, positive, whole
 from examples import smdm
 from examples.muon import make_optimizers
 
@@ -43,52 +44,42 @@ STAGES = ("plain", "baseline", "order", "done")
 SEARCH_STEPS, SEARCH_BATCH = 200, 32  # the posterior's training on the runs that were searched
 SAVE_COST = 0.02  # the share of the time that saving may take
 FREE = {"out", "resume", "start", "device", "compile", "problems"}  # may differ when a run goes on
-STAGE_1 = {"answers", "size", "init", "max_len", "canvas_len"}  # may not differ from --start's run
+STAGE_1 = ("answers", "size", "init", "max_len", "canvas_len")  # may not differ from --start's run
 
 
 @dataclass
 class Args:
-    """The flags of a run. The comment behind a field is its help; checkpoints keep them all."""
+    """The flags of a run, kept in checkpoints. An annotation reads one, a comment is its help."""
 
     data: str = "shopping"  # or carries; a .json/.jsonl(.gz/.xz) file, folder or hub name
-    answers: str = "equations"  # with --data: "equations" are the <<...>> notes only, or "full"
+    answers: Literal["equations", "full"] = "equations"  # of --data: the <<...>> notes, or all
     out: str = "out"  # folder for checkpoint.pt, plain.pt, log.jsonl and results.json
     resume: bool = False  # go on from OUT/checkpoint.pt
     start: str = None  # plain.pt of another run: take stage 1 and baseline from it
-    seed: int = 0  # seed of the weights and of every draw
-    size: str = "small"  # shape of the model: tiny, small, 6m or 170m
+    seed: whole = 0  # seed of the weights and of every draw
+    size: Literal[tuple(SIZES)] = "small"  # shape of the model
     init: str = None  # start from smdm-170m, or a folder with SMDM .safetensors and tokenizer.json
-    max_len: int = 59  # tokens in prompt and canvas together (256 for GSM8K)
-    canvas_len: int = 27  # tokens in the canvas (96 for GSM8K)
-    steps: int = 5000  # stage 1: plain steps
-    batch: int = 32  # stage 1: sequences a step
-    lr: float = 2e-3  # stage 1: peak learning rate
-    order_steps: int = 500  # stage 2: steps; the baseline sees as many sequences; 0: stage 1 only
-    order_batch: int = 16  # stage 2: problems a step
-    paths: int = 3  # stage 2: paths a problem, K
-    order_lr: float = 1e-3  # stage 2, baseline: peak rate of the denoiser; 0 leaves it frozen
-    head_lr: float = 3e-3  # stage 2: peak rate of the policy and the search; posterior: a tenth
-    search: int = 512  # stage 2: problems whose best runs it starts from; 0: none
-    budget: int = 5  # stage 2: steps of generation, T
-    tau: float = 0.1  # stage 2: temperature of the posterior
-    orders: str = "runs"  # stage 2: runs from the left, or free ones, as in the paper
-    estimator: str = "importance"  # stage 2: importance, or uniform, the paper's
-    optimizer: str = "muon"  # muon (AdamW for what is no block matrix), or adamw for everything
-    end_lr: float = 0.01  # share of the peak learning rates that is left at the end of a stage
-    accumulate: int = 1  # split each step into so many micro-batches
-    problems: int = 500  # held-out problems in the closing table; 0: no table
+    max_len: positive = 59  # tokens in prompt and canvas together (256 for GSM8K)
+    canvas_len: positive = 27  # tokens in the canvas (96 for GSM8K)
+    steps: positive = 5000  # stage 1: plain steps
+    batch: positive = 32  # stage 1: sequences a step
+    lr: amount = 2e-3  # stage 1: peak learning rate
+    order_steps: whole = 500  # stage 2: steps; the baseline sees as many sequences; 0: stage 1 only
+    order_batch: positive = 16  # stage 2: problems a step
+    paths: positive = 3  # stage 2: paths a problem, K
+    order_lr: amount = 1e-3  # stage 2, baseline: peak rate of the denoiser; 0 leaves it frozen
+    head_lr: amount = 3e-3  # stage 2: peak rate of the policy and the search; posterior: a tenth
+    search: whole = 512  # stage 2: problems whose best runs it starts from; 0: none
+    budget: positive = 5  # stage 2: steps of generation, T
+    tau: amount = 0.1  # stage 2: temperature of the posterior
+    orders: Literal["runs", "free"] = "runs"  # stage 2: from the left, or free, as in the paper
+    estimator: Literal["importance", "uniform"] = "importance"  # stage 2: uniform is the paper's
+    optimizer: Literal["muon", "adamw"] = "muon"  # muon leaves what is no block matrix to AdamW
+    end_lr: amount = 0.01  # share of the peak learning rates that is left at the end of a stage
+    accumulate: positive = 1  # split each step into so many micro-batches
+    problems: whole = 500  # held-out problems in the closing table; 0: no table
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cpu, cuda, cuda:1, ...
     compile: bool = torch.cuda.is_available()  # torch.compile the passes
-
-
-CHOICES = {
-    "answers": ("equations", "full"),
-    "size": tuple(SIZES),
-    "orders": ("runs", "free"),
-    "estimator": ("importance", "uniform"),
-    "optimizer": ("muon", "adamw"),
-}
-AT_LEAST_0 = ("seed", "order_steps", "search", "problems")
 
 
 def parse_args(argv=None):
@@ -96,23 +87,15 @@ def parse_args(argv=None):
     parser = eval_gsm8k.Parser(__doc__)
     helps = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Args), re.M))
     for field in fields(Args):
-        name, text = "--" + field.name.replace("_", "-"), helps[field.name]
+        options = {"default": field.default, "help": helps[field.name]}
         if field.type is bool:
-            parser.add_argument(
-                name, action=BooleanOptionalAction, default=field.default, help=text
-            )
+            options["action"] = BooleanOptionalAction
+        elif get_args(field.type):
+            options["choices"] = get_args(field.type)
         else:
-            choices = CHOICES.get(field.name)
-            options = {"type": field.type, "default": field.default, "choices": choices}
-            parser.add_argument(name, help=text, **options)
+            options["type"] = field.type
+        parser.add_argument("--" + field.name.replace("_", "-"), **options)
     args = Args(**vars(parser.parse_args(argv)))
-    for field in fields(Args):
-        flag, value = "--" + field.name.replace("_", "-"), getattr(args, field.name)
-        least = 0 if field.name in AT_LEAST_0 else 1
-        if field.type is int and not least <= value < 2**63:
-            raise UserError(f"{flag} is {value}: it must be at least {least}, and below 2^63")
-        if field.type is float and not 0 <= value < math.inf:
-            raise UserError(f"{flag} is {value}: it must be 0 or more")
     if args.tau == 0 or args.end_lr > 1:
         raise UserError("--tau must be above 0, and --end-lr at most 1")
     if args.batch % args.accumulate or args.order_batch % args.accumulate:
@@ -139,25 +122,20 @@ class Run:
 
     def __init__(self, args, tokenizer):
         self.args, self.tokenizer, self.device = args, tokenizer, torch.device(args.device)
-        n_layer, n_head, n_embd, n_hidden = SIZES[args.size]
         self.config = mdmvi.ModelConfig(
-            vocab_size=tokenizer.vocab_size,
-            max_len=args.max_len,
-            n_layer=n_layer,
-            n_head=n_head,
-            n_embd=n_embd,
-            n_hidden=n_hidden,
-            mask_id=tokenizer.mask_id,
-            eos_id=tokenizer.eos_id,
-            canvas_len=args.canvas_len,
+            tokenizer.vocab_size,
+            args.max_len,
+            *SIZES[args.size],
+            tokenizer.mask_id,
+            tokenizer.eos_id,
+            args.canvas_len,
             rope_bf16=args.init is not None,
         )
         torch.manual_seed(args.seed)
         self.denoiser = mdmvi.Denoiser(self.config).to(self.device)
-        self.plain = None  # the baseline's denoiser
-        self.begin_orders()
+        self.policy = self.posterior = self.plain = None  # plain: the baseline's denoiser
         self.generator = torch.Generator(self.device).manual_seed(args.seed)
-        self.stage, self.step, self.optimizers = "plain", 0, None
+        self.stage, self.step, self.logged, self.optimizers = "plain", 0, 0, []
 
     def begin_orders(self):
         """New policy and posterior, as stage 2 starts with them."""
@@ -167,25 +145,18 @@ class Run:
         if self.args.orders == "runs":
             self.posterior.start_from(self.denoiser)
 
-    def begin_baseline(self):
-        """The baseline goes on from where stage 1 ended."""
-        self.plain = mdmvi.Denoiser(self.config).to(self.device)
-        self.plain.load_state_dict(self.denoiser.state_dict())
-
     def save(self, path, optimizers=()):
         """Write to a temporary file and rename: a kill at any moment leaves a whole checkpoint."""
+        networks = {name: getattr(self, name) for name in eval_gsm8k.Models._fields}
         state = {
-            "program": "mdmvi",
             "version": eval_gsm8k.VERSION,
             "args": asdict(self.args),
             "config": asdict(self.config),
             "tokenizer": self.tokenizer.pieces,
-            "denoiser": self.denoiser.state_dict(),
-            "policy": self.policy.state_dict(),
-            "posterior": self.posterior.state_dict(),
-            "plain": self.plain.state_dict() if self.plain else None,
+            **{name: network and network.state_dict() for name, network in networks.items()},
             "stage": self.stage,
             "step": self.step,
+            "logged": self.logged,
             "optimizers": [optimizer.state_dict() for optimizer in optimizers],
             "generator": self.generator.get_state(),
         }
@@ -196,30 +167,23 @@ class Run:
             reason = " ".join(str(error).split())[:100]
             raise UserError(f"cannot write {path} ({reason}): make room, then go on with --resume")
 
-    def load(self, path, may_differ, parts):
-        """Go on from a checkpoint. Raises UserError where its flags or vocabulary are others."""
-        state = eval_gsm8k.load_checkpoint(path, self.device)
-        for name, here in asdict(self.args).items():
-            flag, there = "--" + name.replace("_", "-"), state["args"].get(name)
-            if name not in may_differ and there != here:
-                raise UserError(
-                    f"{path} has {flag} {there}, not {here}: give its, or another --out"
-                )
-        if state["tokenizer"] != self.tokenizer.pieces:
+    def load(self, path, same):
+        """Go on from a checkpoint. Raises UserError where the flags `same` or its text differ."""
+        state, tokenizer, models = eval_gsm8k.load_checkpoint(path, self.device)
+        for name in same:
+            here, there = getattr(self.args, name), state["args"].get(name)
+            if there != here:
+                flag = "--" + name.replace("_", "-")
+                raise UserError(f"{path} has {flag} {there}, not {here}: give its or another --out")
+        if tokenizer.pieces != self.tokenizer.pieces:
             raise UserError(f"{path} has another vocabulary: give the --data it was trained with")
-        if state["plain"] is not None:
-            self.begin_baseline()
-        for name in parts:
-            if state[name] is not None:
-                where = f"{path}: the part {name!r}"
-                eval_gsm8k.fill(getattr(self, name), state[name], where)
+        self.denoiser, self.policy, self.posterior, self.plain = models
         try:
             self.generator.set_state(state["generator"].cpu())
-            STAGES.index(state["stage"])
-        except (RuntimeError, TypeError, ValueError):
+            self.stage, self.step = STAGES[STAGES.index(state["stage"])], int(state["step"])
+            self.logged, self.optimizers = int(state["logged"]), list(state["optimizers"])
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
             raise UserError(f"{path} is damaged (generator or stage): train again")
-        self.stage, self.step = state["stage"], state["step"]
-        self.optimizers = state["optimizers"]
 
 
 def load_problems(args):
@@ -233,14 +197,11 @@ def load_problems(args):
     if held_out == 0:
         raise UserError(f"{args.data} has {len(problems)} problems: at least 10 are needed")
     order = torch.randperm(len(problems), generator=torch.Generator().manual_seed(0)).tolist()
-    test = [problems[i] for i in order[:held_out]]
     # Variants of one problem differ in their numbers only: keep them on one side of the split.
-    seen = {wording(problem) for problem in test}
-    return [problems[i] for i in order[held_out:] if wording(problems[i]) not in seen], test
-
-
-def wording(problem):
-    return "".join(c for c in problem["question"] if c.isalpha())
+    words = ["".join(filter(str.isalpha, problem["question"])) for problem in problems]
+    seen = {words[i] for i in order[:held_out]}
+    training = [problems[i] for i in order[held_out:] if words[i] not in seen]
+    return training, [problems[i] for i in order[:held_out]]
 
 
 def make_tokenizer(args, problems):
@@ -261,26 +222,19 @@ def autocast(device):
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
-def passes(args):
-    """Denoiser passes that stage 2 spends on a problem; the baseline sees as many sequences."""
-    return args.paths + (args.estimator == "importance")
-
-
-def baseline_steps(args):
-    """Steps of stage 2, and what its search costs: a pass without gradient is a third of one."""
-    searched = args.search * args.canvas_len / 3
-    return args.order_steps + math.ceil(searched / (args.order_batch * passes(args)))
-
-
 def stage_groups(run, stage):
     """(parameter groups, number of steps, problems a step) of a stage."""
     args = run.args
     if stage == "plain":
         return mdmvi.parameter_groups(run.denoiser, None, None, args.lr), args.steps, args.batch
     if stage == "baseline":
+        # As many passes as stage 2 takes, those of its search too: one without gradient is a third
+        n = args.order_batch * (args.paths + (args.estimator == "importance"))
+        searched = math.ceil(args.search * args.canvas_len / 3 / n)
         groups = mdmvi.parameter_groups(run.plain, None, None, args.order_lr)
-        return groups, baseline_steps(args), args.order_batch * passes(args)
+        return groups, args.order_steps + searched, n
     run.denoiser.requires_grad_(args.order_lr > 0)
+    run.posterior.trunk.wte.requires_grad_(args.orders == "free")  # else as in start_from
     networks = (run.denoiser, run.policy, run.posterior)
     groups = mdmvi.parameter_groups(*networks, args.order_lr, args.head_lr, args.head_lr / 10)
     return groups, args.order_steps, args.order_batch
@@ -342,61 +296,52 @@ def compile_passes(run, stage, data, n):
     return eager
 
 
-def train_stage(run, stage, data, stop, log):
+def train_stage(run, data, stop, log):
     """Train one stage to its end from run.step on. `stop` is a list that a signal fills."""
-    args, path = run.args, Path(run.args.out, "checkpoint.pt")
+    args, stage, path = run.args, run.stage, Path(run.args.out, "checkpoint.pt")
     groups, steps, n = stage_groups(run, stage)
     optimizers = make_optimizers(groups, args.optimizer)
     try:
-        for optimizer, state in zip(optimizers, run.optimizers or ()):
+        for optimizer, state in zip(optimizers, run.optimizers):
             optimizer.load_state_dict(state)
     except (KeyError, TypeError, ValueError, AttributeError):
         raise UserError(f"the optimisers in {path} do not fit: it is damaged, train again")
-    run.optimizers = None
+    run.optimizers = []
     eager = compile_passes(run, stage, data, n)
     total, since, began = 0.0, 0, time.perf_counter()
     saved, cost = time.perf_counter(), 1.0
-    bar = tqdm(total=steps, initial=run.step, desc=stage, unit="step", mininterval=1.0)
-    while run.step < steps:
-        loss, kl = train_step(run, stage, run.step, steps, data, n, optimizers)
-        total, since = total + loss, since + 1
-        run.step += 1
-        bar.update()
-        saving = stop or time.perf_counter() - saved > cost / SAVE_COST
-        if saving or run.step % 20 == 0 or run.step == steps:
-            mean = float(total) / since  # the only place that waits for the device
-            if not math.isfinite(mean):
-                bar.close()
-                raise UserError(
-                    f"loss is {mean} at {stage} step {run.step}: {path} is as last saved; "
-                    "lower the learning rate"
-                )
-            rate = since / (time.perf_counter() - began)
-            bar.set_postfix_str(f"loss {mean:.4f}", refresh=False)
-            row = {"stage": stage, "step": run.step, "loss": mean, "steps_per_second": rate}
-            log(row if kl is None else {**row, "kl": float(kl)})
-            total, since, began = 0.0, 0, time.perf_counter()
-        if saving:
-            start = time.perf_counter()
-            run.save(path, optimizers)
-            saved = time.perf_counter()
-            cost = max(saved - start, 0.2)
-        if stop:
-            bar.close()
-            print(f"stopped at {stage} step {run.step}; go on with --resume", file=sys.stderr)
-            raise KeyboardInterrupt
-    bar.close()
+    with tqdm(total=steps, initial=run.step, desc=stage, unit="step", mininterval=1.0) as bar:
+        while run.step < steps:
+            loss, kl = train_step(run, stage, run.step, steps, data, n, optimizers)
+            total, since = total + loss, since + 1
+            run.step += 1
+            bar.update()
+            saving = stop or time.perf_counter() - saved > cost / SAVE_COST
+            if saving or run.step % 20 == 0 or run.step == steps:
+                mean = float(total) / since  # the only place that waits for the device
+                if not math.isfinite(mean):
+                    raise UserError(
+                        f"loss is {mean} at {stage} step {run.step}: {path} is as last saved; "
+                        "lower the learning rate"
+                    )
+                rate = since / (time.perf_counter() - began)
+                bar.set_postfix_str(f"loss {mean:.4f}", refresh=False)
+                row = {"stage": stage, "step": run.step, "loss": mean, "steps_per_second": rate}
+                row |= {} if kl is None else {"kl": float(kl)}
+                print(json.dumps(row), file=log, flush=True)
+                run.logged = log.tell()
+                total, since, began = 0.0, 0, time.perf_counter()
+            if saving:
+                start = time.perf_counter()
+                run.save(path, optimizers)
+                saved = time.perf_counter()
+                cost = max(saved - start, 0.2)
+            if stop:
+                raise KeyboardInterrupt(f"stopped at {stage} step {run.step}; go on with --resume")
     mdmvi.token_log_prob = eager
 
 
-def stop_search(stop):
-    """End the run if a signal has filled the list `stop`; the search is made again after it."""
-    if stop:
-        print("\nstopped in the search for orders; go on with --resume", file=sys.stderr)
-        raise KeyboardInterrupt
-
-
-def search_orders(run, data, stop):
+def search_orders(run, data):
     """The posterior learns which cuts are best under the denoiser, on some training problems."""
     args, values = run.args, []
     tokens, canvas = pick(data, args.search, run.generator)
@@ -404,7 +349,6 @@ def search_orders(run, data, stop):
     for x, on in tqdm(parts, desc="search", unit="batch", mininterval=1.0):
         with autocast(run.device):
             values.append(mdmvi.run_log_prob(run.denoiser, x.long(), on))
-        stop_search(stop)
     values = torch.cat(values)
     groups = mdmvi.parameter_groups(None, None, run.posterior, posterior_lr=args.head_lr)
     optimizers = make_optimizers(groups, args.optimizer)
@@ -417,60 +361,44 @@ def search_orders(run, data, stop):
         mdmvi.update(optimizers, step, SEARCH_STEPS, args.end_lr)
         if step % 20 == 19:
             bar.set_postfix_str(f"loss {float(loss.detach()):.4f}", refresh=False)
-        stop_search(stop)
 
 
-def train(run, data, stop):
+def train(run, data):
     """Run the stages that are left, each saved when done."""
-    args, out = run.args, Path(run.args.out)
+    args, out, stop = run.args, Path(run.args.out), []
     after = {"plain": "baseline", "baseline": "order", "order": "done"}
     if args.order_steps == 0:
         after["plain"] = "done"
     elif args.order_lr == 0:  # a frozen denoiser is its own baseline
         after["plain"] = "order"
-    with open(out / "log.jsonl", "a" if args.resume else "w") as file:
-
-        def log(row):
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-
+    with open(out / "log.jsonl", "a" if args.resume else "w") as log:
+        log.truncate(min(run.logged, log.tell()))  # drop what a killed run told after it had saved
         while run.stage != "done":
             if run.stage == "order" and run.step == 0:
+                signal.signal(signal.SIGINT, signal.default_int_handler)  # here all is saved
                 run.begin_orders()
                 if args.search and args.budget > 1:
-                    search_orders(run, data, stop)
-            train_stage(run, run.stage, data, stop, log)
+                    search_orders(run, data)
+            signal.signal(signal.SIGINT, lambda *_: sys.exit(130) if stop else stop.append(1))
+            train_stage(run, data, stop, log)
             run.stage, run.step = after[run.stage], 0
             if run.stage == "baseline":
-                run.begin_baseline()
+                run.plain = copy.deepcopy(run.denoiser)
             if run.stage == "order":
                 run.save(out / "plain.pt")
             run.save(out / "checkpoint.pt")
-
-
-def trim_log(path, stage, step):
-    """Drop what a killed run logged after its last checkpoint, and a line it left half written."""
-    if not path.exists() or stage == "done":
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            row = json.loads(line)
-            if (STAGES.index(row["stage"]), row["step"]) <= (STAGES.index(stage), step):
-                kept.append(line + "\n")
-    path.write_text("".join(kept))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def print_bounds(run, problems):
     """The bounds of learned and of uniformly random orders on held-out problems."""
     args = run.args
-    layout = (run.tokenizer, args.max_len, args.canvas_len)
-    tokens, canvas, fits = eval_gsm8k.encode_problems(problems, *layout)
+    tokens, canvas, fits = eval_gsm8k.encode_problems(problems, run.tokenizer, run.config)
     tokens, canvas = tokens[fits][:256].long().to(run.device), canvas[fits][:256].to(run.device)
     generator = torch.Generator(run.device).manual_seed(args.seed)
 
     data, bounds = (tokens, canvas, args.budget), {}
-    if args.order_steps:
+    if run.policy is not None:
         networks = (run.denoiser, run.policy, run.posterior)
         bounds["learned order"] = mdmvi.order_elbo(*networks, *data, args.tau, 4, generator)
     for name, denoiser in (("same", run.denoiser), ("plain", run.plain)):
@@ -503,8 +431,7 @@ def main(argv=None):
     run = Run(args, make_tokenizer(args, problems))
     if args.init:
         smdm.load_smdm(args.init, run.denoiser)
-    layout = (run.tokenizer, args.max_len, args.canvas_len)
-    tokens, canvas, fits = eval_gsm8k.encode_problems(problems, *layout)
+    tokens, canvas, fits = eval_gsm8k.encode_problems(problems, run.tokenizer, run.config)
     if not any(fits):
         raise UserError("no problem fits: raise --max-len or --canvas-len")
     data = (tokens[fits].to(run.device), canvas[fits].to(run.device))
@@ -516,27 +443,20 @@ def main(argv=None):
         flush=True,
     )
     if args.resume:
-        run.load(out / "checkpoint.pt", FREE, ("denoiser", "plain", "policy", "posterior"))
-        trim_log(out / "log.jsonl", run.stage, run.step)
+        run.load(out / "checkpoint.pt", [name for name in asdict(args) if name not in FREE])
     elif args.start:
-        run.load(args.start, set(asdict(args)) - STAGE_1, ("denoiser", "plain"))
+        run.load(args.start, STAGE_1)
         if (run.stage, run.step) != ("order", 0):
             raise UserError(f"{args.start} is no plain.pt: give the file as it was before stage 2")
         run.generator.manual_seed(args.seed)
+        run.logged = 0
         run.save(out / "checkpoint.pt")
-    stop = []
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(130) if stop else stop.append(1))
-    train(run, data, stop)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    train(run, data)
     print_bounds(run, held_out)
     if args.problems:
-        models = eval_gsm8k.Models(
-            run.denoiser, run.policy if args.order_steps else None, run.posterior, run.plain
-        )
-        problems = held_out[: args.problems]
-        eval_gsm8k.print_scores(
-            problems, *layout, models, [args.budget], json_file=out / "results.json"
-        )
+        models = eval_gsm8k.Models(run.denoiser, run.policy, run.posterior, run.plain)
+        scored = (held_out[: args.problems], run.tokenizer, models, [args.budget])
+        eval_gsm8k.print_scores(*scored, json_file=out / "results.json")
 
 
 if __name__ == "__main__":

@@ -137,12 +137,12 @@ TASKS = {"shopping": shopping, "carries": carries}
 
 
 def main(argv=None):
-    from eval_gsm8k import Parser, positive, seed  # which imports this file
+    from eval_gsm8k import Parser, positive, whole  # which imports this file
 
     parser = Parser(__doc__)
     parser.add_argument("--task", choices=TASKS, default="shopping", help="which of the two")
     parser.add_argument("--problems", type=positive, default=10, help="how many")
-    parser.add_argument("--seed", type=seed, default=0, help="seed of the draws")
+    parser.add_argument("--seed", type=whole, default=0, help="seed of the draws")
     parser.add_argument("--held-out", action="store_true", help="test problems, not training ones")
     args = parser.parse_args(argv)
     for problem in TASKS[args.task](args.problems, args.seed, args.held_out):

@@ -466,6 +466,7 @@ def main(argv=None):
     flags = parse_args(argv)
     device = torch.device(flags.device)
     run = train.Run(make_args(flags), RandomTokens(flags.vocab))
+    run.begin_orders()
     data = random_data(flags, device)
     count = sum(p.numel() for p in run.denoiser.parameters()) / 1e6
     print(describe(device))

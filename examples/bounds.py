@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import eval_gsm8k
 import mdmvi
-from eval_gsm8k import Parser, UserError, positive, run_main, seed
+from eval_gsm8k import Parser, UserError, positive, run_main, whole
 
 RULES = (*mdmvi.CONFIDENCE_RULES, "left_to_right", "spread")  # none of them draws
 
@@ -91,16 +91,13 @@ def main(argv=None):
     add("--problems", type=positive, help="how many (default: 2000 embedded ones, or the file)")
     add("--samples", type=positive, default=4, help="paths drawn for each problem")
     add("--batch", type=positive, default=64, help="problems scored together")
-    add("--seed", type=seed, default=0, help="seed of the draws")
+    add("--seed", type=whole, default=0, help="seed of the draws")
     add("--device", default=device, help="cpu, cuda, cuda:1, ...")
     args = parser.parse_args(argv)
     eval_gsm8k.check_device(args.device)
-    checkpoint = eval_gsm8k.load_checkpoint(args.checkpoint)
-    models = eval_gsm8k.build_models(checkpoint, args.device)
+    checkpoint, tokenizer, models = eval_gsm8k.load_checkpoint(args.checkpoint, args.device)
     problems = eval_gsm8k.pick_problems(checkpoint, args.data, args.problems)
-    tokenizer = eval_gsm8k.tokenizer_of(checkpoint["tokenizer"])
-    layout = (checkpoint["config"]["max_len"], checkpoint["config"]["canvas_len"])
-    tokens, canvas, fits = eval_gsm8k.encode_problems(problems, tokenizer, *layout)
+    tokens, canvas, fits = eval_gsm8k.encode_problems(problems, tokenizer, models.denoiser.config)
     if not any(fits):
         raise UserError("no problem fits this model's context: give others, or train a longer one")
     tokens, canvas = tokens[fits].long().to(args.device), canvas[fits].to(args.device)

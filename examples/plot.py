@@ -8,7 +8,7 @@ Takes the rows that eval_gsm8k.py writes, of one run or of several.
 
 from pathlib import Path
 
-from eval_gsm8k import Parser, UserError, aligned, check_file, read_records, run_main
+from eval_gsm8k import Parser, UserError, aligned, read_records, run_main, writable
 
 NUMBERS = ("average_steps", "budget", "answered", "solved")
 
@@ -22,7 +22,7 @@ def read_rows(paths):
                 isinstance(row.get(key), str) for key in ("method", "match")
             )
             if not texts or not all(isinstance(row.get(key), (int, float)) for key in NUMBERS):
-                raise UserError(f"{path} {where} is no row of a table: give what --json wrote")
+                raise UserError(f"{where} is no row of a table: give what --json wrote")
             rows.append(row)
     if not rows:
         raise UserError(f"{paths[0]} holds no row of a table: give what --json wrote")
@@ -83,12 +83,13 @@ def draw(rows, path):
 def main(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("rows", nargs="+", help="files that eval_gsm8k.py --json wrote")
-    parser.add_argument("--out", metavar="FILE", help="draw the picture there: .png, .svg or .pdf")
+    parser.add_argument(
+        "--out", type=writable, metavar="FILE", help="draw the picture there: .png, .svg or .pdf"
+    )
     args = parser.parse_args(argv)
     rows = read_rows(args.rows)
     print(f"steps at which a rule is as often right ({measure(rows)})\n\n{catching_up(rows)}")
     if args.out:
-        check_file(args.out)
         draw(rows, args.out)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 import mdmvi
-from eval_gsm8k import Parser, UserError, build_models, load_checkpoint, run_main
+from eval_gsm8k import Parser, UserError, load_checkpoint, run_main
 
 HUB = {"smdm-170m": ("nieshen/SMDM", "mdm-170M-100e18.safetensors")}  # name: repository, file
 HUB_TOKENIZER = ("TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T", "tokenizer.json")
@@ -165,7 +165,7 @@ def main(argv=None):
     elif os.path.exists(args.out):
         raise UserError(f"{args.out} exists: give another file, or remove it first")
     else:
-        save_smdm(args.out, build_models(load_checkpoint(args.file)).denoiser)
+        save_smdm(args.out, load_checkpoint(args.file)[2].denoiser)
         print(f"wrote {args.out}")
 
 

@@ -156,8 +156,7 @@ def test_the_answer_is_judged_by_all_solutions():
         ("52-6=46 6 46", False, False),
         ("6 46", False, False),
     ):
-        assert eval_gsm8k.is_answered(text, problem) == answered
-        assert eval_gsm8k.is_solved(text, problem) == solved
+        assert eval_gsm8k.judge(text, problem) == (answered, solved)
 
 
 def test_the_command_line():

@@ -14,7 +14,9 @@ SMALL += ["--device", "cpu", "--no-compile", "--repeats", "1", "--budget", "3"]
 
 
 def make_run(flags):
-    return train.Run(benchmark.make_args(flags), benchmark.RandomTokens(flags.vocab))
+    run = train.Run(benchmark.make_args(flags), benchmark.RandomTokens(flags.vocab))
+    run.begin_orders()
+    return run
 
 
 def test_every_step_and_sampler_has_a_row(capsys):

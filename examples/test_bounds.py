@@ -83,13 +83,13 @@ def test_best_runs(budget):
 @pytest.mark.parametrize("has_order", [False, True])
 def test_the_table(has_order, monkeypatch, capsys):
     config = tiny_denoiser().config
-    checkpoint = {"args": {"budget": 2, "tau": 0.1}, "config": vars(config), "tokenizer": []}
+    checkpoint = {"args": {"budget": 2, "tau": 0.1}, "config": vars(config)}
     policy, posterior = mdmvi.RunPolicy(config), mdmvi.RunPosterior(config)
     plain = tiny_denoiser() if has_order else None
     models = eval_gsm8k.Models(tiny_denoiser(), policy if has_order else None, posterior, plain)
     tokens, canvas = torch.tensor([[1, 2, 0, 1, 2]] * 6), torch.arange(5).expand(6, 5) > 0
-    monkeypatch.setattr(eval_gsm8k, "load_checkpoint", lambda path: checkpoint)
-    monkeypatch.setattr(eval_gsm8k, "build_models", lambda checkpoint, device: models)
+    loaded = (checkpoint, eval_gsm8k.Tokenizer([]), models)
+    monkeypatch.setattr(eval_gsm8k, "load_checkpoint", lambda *args: loaded)
     monkeypatch.setattr(eval_gsm8k, "pick_problems", lambda *args: [None] * 6)
     monkeypatch.setattr(eval_gsm8k, "encode_problems", lambda *args: (tokens, canvas, [True] * 6))
     bounds.main(["--batch", "4", "--budget", "3"])

@@ -92,7 +92,7 @@ def test_picture_without_matplotlib(files, monkeypatch, capsys):
         ("{}", "bad.json", "bad.json line 1 is no row"),
         ("[3]", "bad.json", "bad.json record 1 is no row"),
         (json.dumps([ROWS[0] | {"solved": "all"}]), "bad.json", "record 1 is no row"),
-        ("", "bad.json", "bad.json is empty"),
+        ("", "bad.json", "bad.json holds no row"),
         ("x", "bad.json", "bad.json line 1 is not JSON"),
         ("[]", "none.json", "cannot read none.json"),
         ("[]", "rows.json --out no/order.png", "cannot write no/order.png"),

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -199,14 +200,8 @@ def test_check_tells_the_shape(saved, capsys):
 
 def test_export_of_a_checkpoint(tmp_path, monkeypatch, capsys):
     checkpoint, denoiser = tmp_path / "checkpoint.pt", make_denoiser()
-    monkeypatch.setattr(smdm, "load_checkpoint", lambda path: {"path": path})
-
-    class Parts:
-        def __init__(self, loaded):
-            assert loaded == {"path": str(checkpoint)}
-            self.denoiser = denoiser
-
-    monkeypatch.setattr(smdm, "build_models", Parts)
+    loaded = {str(checkpoint): (None, None, types.SimpleNamespace(denoiser=denoiser))}
+    monkeypatch.setattr(smdm, "load_checkpoint", loaded.get)
     out = tmp_path / "m.safetensors"
     smdm.main(["to-safetensors", str(checkpoint), str(out)])
     assert str(out) in capsys.readouterr().out

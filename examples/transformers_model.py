@@ -115,11 +115,11 @@ def encode_file(path, tokenizer, denoiser, max_len):
         columns = record if isinstance(record, dict) else {}
         texts = [columns.get(key) for key in ("question", "answer")]
         if not all(isinstance(text, str) for text in texts):
-            raise UserError(f"{path} {where} has no texts question and answer: mend or remove it")
+            raise UserError(f"{where} has no texts question and answer: mend or remove it")
         prompt = tokenizer.encode(texts[0])
         answer = tokenizer.encode(texts[1], add_special_tokens=False)
         if max(prompt + answer, default=0) >= denoiser.model.config.vocab_size:
-            raise UserError(f"{path} {where} has tokens that the model lacks: another tokenizer?")
+            raise UserError(f"{where} has tokens that the model lacks: another tokenizer?")
         if len(prompt) + length > max_len or len(answer) > length or denoiser.mask_id in answer:
             left_out += 1
         else:

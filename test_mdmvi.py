@@ -1749,6 +1749,8 @@ def test_a_run_leaves_its_files(trained):
     assert before["policy"] is before["posterior"] is None
     assert any(not torch.equal(last["denoiser"][k], x) for k, x in before["denoiser"].items())
     assert any(not torch.equal(before["plain"][k], before["denoiser"][k]) for k in before["plain"])
+    embedding = "trunk.wte.weight"  # the posterior's is the plain model's, and frozen
+    assert torch.equal(last["posterior"][embedding], before["denoiser"][embedding])
 
 
 def interrupt(monkeypatch, at):

@@ -574,7 +574,8 @@ def main(argv=None):
     add("--checkpoint", default="out/checkpoint.pt", help="what train.py wrote")
     add("--data", help=".json/.jsonl(.gz/.xz) file, folder or hub name (default: embedded ones)")
     add("--budget", type=positive, nargs="+", help="budgets T (default: the one trained for)")
-    add("--strategies", nargs="+", choices=RULES, default=RULES, metavar="RULE", help="rules")
+    names = {"choices": RULES, "default": RULES, "metavar": "RULE"}
+    add("--strategies", nargs="+", help="rules to compare with", **names)
     add("--sweep", type=positive, nargs="+", default=(), help="score the rules at these steps too")
     add("--problems", type=positive, help="how many (default: 2000 embedded ones, or the file)")
     add("--batch", type=positive, default=128, help="problems generated together")
@@ -600,7 +601,7 @@ def run_main(main):
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as stop:  # train.py says where
-        print(stop, file=sys.stderr)
+        print(str(stop) or "stopped", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # the reader, head say, has seen enough; nothing to flush to it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -105,15 +105,11 @@ def read_args(argv):
     rules = ["learned", *eval_gsm8k.RULES]
     add("--strategy", nargs="+", choices=rules, default=rules[:1], help="one or several")
     add("--budget", type=eval_gsm8k.positive, help="steps (default: the budget it was trained for)")
-    number = eval_gsm8k.amount
-    add("--temperature", type=number, default=0.0, help="0 takes the most likely token")
+    add("--temperature", type=eval_gsm8k.amount, default=0.0, help="0: the most likely token")
     add("--seed", type=eval_gsm8k.whole, default=0, help="seed of the draws")
     add("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
     add(
-        "--html",
-        type=eval_gsm8k.writable,
-        metavar="FILE",
-        help="write a page that shades each token by its step",
+        "--html", type=eval_gsm8k.writable, metavar="FILE", help="write a page that shows the order"
     )
     args = parser.parse_args(argv)
     eval_gsm8k.check_device(args.device)

@@ -396,7 +396,6 @@ def print_bounds(run, problems):
     tokens, canvas, fits = eval_gsm8k.encode_problems(problems, run.tokenizer, run.config)
     tokens, canvas = tokens[fits][:256].long().to(run.device), canvas[fits][:256].to(run.device)
     generator = torch.Generator(run.device).manual_seed(args.seed)
-
     data, bounds = (tokens, canvas, args.budget), {}
     if run.policy is not None:
         networks = (run.denoiser, run.policy, run.posterior)

@@ -103,7 +103,6 @@ def main(argv=None):
     tokens, canvas = tokens[fits].long().to(args.device), canvas[fits].to(args.device)
     budget, tau = args.budget or checkpoint["args"]["budget"], checkpoint["args"]["tau"]
     generator = torch.Generator(args.device).manual_seed(args.seed)
-
     plain = models.plain or models.denoiser
 
     def learned(x, on):

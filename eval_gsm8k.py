@@ -29,6 +29,7 @@ import torch
 from tqdm import tqdm
 
 import mdmvi
+from examples import spread
 from examples.arithmetic import TASKS
 
 SEPARATOR = "||"  # between question and answer, as in SMDM's fine-tuning data
@@ -281,10 +282,12 @@ class Models(NamedTuple):
     plain: mdmvi.Denoiser
 
 
-def make_orders(kind, config):
-    """A new (policy, posterior): "runs" from the left, or "free" orders as in the paper."""
+def make_orders(kind, config, budget):
+    """A new (policy, posterior): "runs" from the left, "spread", or "free" as in the paper."""
     if kind == "runs":
         return mdmvi.RunPolicy(config), mdmvi.RunPosterior(config)
+    if kind == "spread":
+        return spread.SpreadPolicy(config), spread.SpreadPosterior(config, budget)
     return mdmvi.UnmaskPolicy(config), mdmvi.OrderPosterior(config)
 
 
@@ -306,7 +309,7 @@ def load_checkpoint(path, device="cpu"):
         if tokenizer.vocab_size != config.vocab_size or args["budget"] < 1:
             raise ValueError
         denoiser, plain = mdmvi.Denoiser(config), mdmvi.Denoiser(config)
-        models = Models(denoiser, *make_orders(args["orders"], config), plain)
+        models = Models(denoiser, *make_orders(args["orders"], config, args["budget"]), plain)
         for name, network in models._asdict().items():
             if checkpoint[name] is None:
                 models = models._replace(**{name: None})

@@ -230,6 +230,16 @@ class OrderPosterior(nn.Module):
     def forward(self, tokens, canvas):
         return F.logsigmoid(self.scores(tokens, canvas))
 
+    def start_from(self, denoiser):
+        """Copy embedding, first blocks and norm of a `Denoiser` of this width: it can read (ours).
+
+        The embedding is frozen: with a large vocabulary it is most of the cost.
+        """
+        state = denoiser.trunk.state_dict()
+        self.trunk.load_state_dict({name: state[name] for name in self.trunk.state_dict()})
+        self.trunk.wte.requires_grad_(False)
+        return self
+
 
 def reveal_log_prob(log_alpha, masked, tau):
     """log rho_i = (log alpha_i - max_{j in M_s} log alpha_j) / tau, [B, N]; 0 off the masked set.
@@ -571,16 +581,6 @@ class RunPosterior(OrderPosterior):
     def forward(self, tokens, canvas):
         cut = (self.SHARPEN * self.scores(tokens, canvas)).sigmoid()
         return -self.SPACING * (cut * canvas).cumsum(1)
-
-    def start_from(self, denoiser):
-        """Copy embedding, first blocks and norm of a `Denoiser` of this width: it can read.
-
-        The embedding is frozen: with a large vocabulary it is most of the cost.
-        """
-        state = denoiser.trunk.state_dict()
-        self.trunk.load_state_dict({name: state[name] for name in self.trunk.state_dict()})
-        self.trunk.wte.requires_grad_(False)
-        return self
 
 
 class RunPolicy(UnmaskPolicy):

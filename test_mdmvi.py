@@ -42,7 +42,7 @@ import eval_gsm8k
 import mdmvi
 import sample
 import train
-from examples import arithmetic
+from examples import arithmetic, spread
 
 torch.set_num_threads(1)
 
@@ -1939,10 +1939,15 @@ def test_another_budget_starts_from_stage_1(trained, tmp_path):
     ours, theirs = (state_of(d / "checkpoint.pt") for d in (tmp_path / "a", trained / "out"))
     assert ours["args"]["budget"] == 3 and {r["stage"] for r in logged(tmp_path / "a")} == {"order"}
     assert all(torch.equal(ours["plain"][k], theirs["plain"][k]) for k in theirs["plain"])
-    for again in ("b", "c"):  # with other flags of stage 2, and not depending on what ran before
-        more = ["--orders", "free", "--search", 0, "--tau", 0.2, "--order-batch", 3]
-        assert call(train, *flags(trained), *more, *start, tmp_path / again) == 0
-    assert alike(tmp_path / "b" / "checkpoint.pt", tmp_path / "c" / "checkpoint.pt")
+    for orders in ("free", "spread"):
+        again = [tmp_path / orders / name for name in "ab"]
+        for out in again:  # with other flags of stage 2, and not depending on what ran before
+            more = ["--orders", orders, "--search", 0, "--tau", 0.2, "--order-batch", 3]
+            assert call(train, *flags(trained), *more, *start, out) == 0
+        assert alike(again[0] / "checkpoint.pt", again[1] / "checkpoint.pt")
+        before, after = state_of(trained / "out" / "plain.pt"), state_of(again[0] / "checkpoint.pt")
+        words = [state["trunk.wte.weight"] for state in (before["denoiser"], after["posterior"])]
+        assert torch.equal(*words) == (orders == "spread")  # copied, and frozen
 
 
 def test_a_stop_in_the_search_after_start_can_be_resumed(trained, tmp_path, monkeypatch):
@@ -2019,6 +2024,7 @@ LOSS_NAMES = ("mdm_loss", "cut_loss", "importance_order_loss", "order_loss")
         ("--search 0", [6] * 5, [], [2] * 5, []),
         ("--estimator uniform", [4] * 13, [32] * 3, [], [2] * 5),
         ("--estimator uniform --orders free --search 0", [4] * 5, [], [], [2] * 5),
+        ("--orders spread --search 0", [6] * 5, [], [2] * 5, []),
         ("--accumulate 2", [3] * 22, [32] * 3, [1] * 10, []),
         ("--order-steps 1", [6] * 7, [32] * 3, [2], []),
     ],
@@ -2034,7 +2040,9 @@ def test_what_is_trained_on_which_flags(
     assert sizes["mdm_loss"] == stage_1 + baseline
     assert [sizes[name] for name in LOSS_NAMES[1:]] == [known, importance, uniform]
     models = eval_gsm8k.load_checkpoint(tmp_path / "checkpoint.pt")[2]
-    assert isinstance(models.posterior, mdmvi.RunPosterior) == ("free" not in more)
+    kinds = {"free": mdmvi.OrderPosterior, "spread": spread.SpreadPosterior}
+    expected = [kind for name, kind in kinds.items() if name in more] or [mdmvi.RunPosterior]
+    assert type(models.posterior) is expected[0]
 
 
 def test_accumulating_is_the_mean_of_the_parts(trained, monkeypatch):
@@ -2247,6 +2255,7 @@ BAD = [
     (train, "--tau 0", "--tau must be above 0"),
     (train, "--end-lr 1.01", "--end-lr .*at most 1"),
     (train, "--orders free", "--orders free cannot learn .*: give --search 0"),
+    (train, "--orders spread", "--orders spread cannot learn .*: give --search 0"),
     (train, "--init x", "--init needs --size 170m"),
     (train, "--data few.jsonl --out new", "few.jsonl has 9 problems: at least 10"),
     (train, f"{TRAIN} new --max-len 8 --canvas-len 4", "no problem fits: raise"),

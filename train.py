@@ -72,7 +72,7 @@ class Args:
     search: whole = 512  # stage 2: problems whose best runs it starts from; 0: none
     budget: positive = 5  # stage 2: steps of generation, T
     tau: amount = 0.1  # stage 2: temperature of the posterior
-    orders: Literal["runs", "free"] = "runs"  # stage 2: from the left, or free, as in the paper
+    orders: Literal["runs", "spread", "free"] = "runs"  # stage 2: free is the paper's
     estimator: Literal["importance", "uniform"] = "importance"  # stage 2: uniform is the paper's
     optimizer: Literal["muon", "adamw"] = "muon"  # muon leaves what is no block matrix to AdamW
     end_lr: amount = 0.01  # share of the peak learning rates that is left at the end of a stage
@@ -100,8 +100,8 @@ def parse_args(argv=None):
         raise UserError("--tau must be above 0, and --end-lr at most 1")
     if args.batch % args.accumulate or args.order_batch % args.accumulate:
         raise UserError(f"--accumulate {args.accumulate} must divide --batch and --order-batch")
-    if args.orders == "free" and args.search:
-        raise UserError("--orders free cannot learn what is searched, runs: give --search 0")
+    if args.orders != "runs" and args.search:
+        raise UserError(f"--orders {args.orders} cannot learn what is searched: give --search 0")
     if args.canvas_len >= args.max_len:
         raise UserError(
             f"--canvas-len {args.canvas_len} leaves no prompt in --max-len {args.max_len}"
@@ -140,9 +140,9 @@ class Run:
     def begin_orders(self):
         """New policy and posterior, as stage 2 starts with them."""
         torch.manual_seed(self.args.seed)
-        orders = eval_gsm8k.make_orders(self.args.orders, self.config)
+        orders = eval_gsm8k.make_orders(self.args.orders, self.config, self.args.budget)
         self.policy, self.posterior = (network.to(self.device) for network in orders)
-        if self.args.orders == "runs":
+        if self.args.orders != "free":
             self.posterior.start_from(self.denoiser)
 
     def save(self, path, optimizers=()):

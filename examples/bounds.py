@@ -19,14 +19,9 @@ from tqdm import tqdm
 import eval_gsm8k
 import mdmvi
 from eval_gsm8k import Parser, UserError, positive, run_main, whole
+from examples.spread import spread_ranks
 
 RULES = (*mdmvi.CONFIDENCE_RULES, "left_to_right", "spread")  # none of them draws
-
-
-def spread_ranks(length):
-    """When each position comes if they are spread out: its bits in reverse, int64 [length]."""
-    position, bits = torch.arange(length), range((length - 1).bit_length())
-    return sum((position >> b & 1) << (len(bits) - 1 - b) for b in bits)
 
 
 def choose(strategy, logits, masked, steps_left):

@@ -1,0 +1,128 @@
+"""Tests of examples/spread.py:  python -m pytest examples/test_spread.py"""
+
+import pytest
+import torch
+
+import mdmvi
+from examples import spread
+
+
+def tiny_config(canvas_len=8):
+    return mdmvi.ModelConfig(
+        vocab_size=3,
+        max_len=10,
+        n_layer=2,
+        n_head=2,
+        n_embd=16,
+        n_hidden=16,
+        mask_id=3,
+        eos_id=0,
+        canvas_len=canvas_len,
+    )
+
+
+def problems(rows=4, canvas_len=8):
+    """Solutions after prompts of one or two tokens; the rest lies behind the canvas."""
+    torch.manual_seed(0)
+    tokens = torch.randint(3, (rows, 10))
+    start = 1 + torch.arange(rows)[:, None] % 2
+    place = torch.arange(10)
+    return tokens, (place >= start) & (place < start + canvas_len)
+
+
+def randomise(network):
+    torch.manual_seed(1)
+    for p in network.parameters():
+        torch.nn.init.normal_(p, std=1.0)
+    return network
+
+
+def test_spread_ranks():
+    assert spread.spread_ranks(8).tolist() == [0, 4, 2, 6, 1, 5, 3, 7]
+    assert spread.spread_ranks(5).tolist() == [0, 4, 2, 6, 1]
+
+
+@pytest.mark.parametrize(
+    "budget, canvas_len, parts",
+    [
+        (4, 8, [{0, 4}, {2, 6}, {1, 5}, {3, 7}]),
+        (2, 8, [{0, 2, 4, 6}, {1, 3, 5, 7}]),
+        (3, 6, [{0, 4}, {2, 1}, {5, 3}]),  # ranks 0 4 2 6 1 5
+    ],
+)
+def test_it_starts_as_a_timetable_of_equal_parts(budget, canvas_len, parts):
+    """Whatever the text and the prompt: places count from the start of the canvas."""
+    tokens, canvas = problems(canvas_len=canvas_len)
+    posterior = spread.SpreadPosterior(tiny_config(canvas_len), budget)
+    masked, log_alpha = canvas, posterior(tokens, canvas)
+    for part in parts:
+        log_rho = mdmvi.reveal_log_prob(log_alpha, masked, tau=0.01)  # sharp: rho is 0 or 1
+        reveal = masked & (log_rho > -1)
+        for row, on in zip(reveal, canvas):
+            places = on.nonzero().squeeze(1).tolist()
+            assert {places.index(i) for i in row.nonzero().squeeze(1).tolist()} == part
+        masked = masked & ~reveal
+    assert not masked.any()
+
+
+def test_what_x_0_is_moves_a_token():
+    tokens, canvas = problems()
+    posterior = randomise(spread.SpreadPosterior(tiny_config(), 4))
+    scores, log_alpha = posterior.scores(tokens, canvas), posterior(tokens, canvas)
+    assert scores.std() > 0.5
+    step = [0, 2, 1, 3, 0, 2, 1, 3]
+    for row in range(4):
+        for place, i in enumerate(canvas[row].nonzero().squeeze(1).tolist()):
+            expected = 0.1 * scores[row, i].item() - 0.5 * step[place]
+            assert log_alpha[row, i].item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_timetable_is_in_the_checkpoint():
+    ours, theirs = (spread.SpreadPosterior(tiny_config(), budget) for budget in (4, 2))
+    theirs.load_state_dict(ours.state_dict())
+    assert torch.equal(theirs.timetable, ours.timetable)
+    assert theirs.timetable.tolist() == [0, 2, 1, 3, 0, 2, 1, 3]
+
+
+def test_any_canvas_without_canvas_len():
+    tokens, _ = problems()
+    canvas = torch.ones_like(tokens).bool()
+    config = tiny_config(canvas_len=0)
+    assert spread.SpreadPosterior(config, 4)(tokens, canvas).isfinite().all()
+    hidden = torch.randn(4, 10, 16)
+    assert spread.SpreadPolicy(config)(hidden, canvas).isfinite().all()
+
+
+def test_the_policy_sees_which_place_it_is_and_how_many_there_are():
+    """With hidden states that are all alike, and attention that does nothing."""
+    policy = randomise(spread.SpreadPolicy(tiny_config()))
+    torch.nn.init.zeros_(policy.block.proj.weight)
+    masked = torch.tensor([[1, 1, 1, 1, 0], [0, 1, 1, 1, 1], [0, 1, 0, 1, 1]]).bool()
+    logits = policy(torch.ones(3, 5, 16), masked)
+    first, second, third = (row[on] for row, on in zip(logits, masked))
+    assert torch.allclose(first, second, atol=1e-5)  # wherever the canvas lies
+    assert first.std() > 0.1  # the place counts
+    assert (first[:3] - third).abs().min() > 0.01  # so does the number
+
+
+def test_a_timetable_can_be_foretold():
+    """Training the policy alone brings KL down; the bound rises by as much."""
+    tokens, canvas = problems(rows=16)
+    torch.manual_seed(0)
+    denoiser = mdmvi.Denoiser(tiny_config())
+    policy, posterior = (
+        spread.SpreadPolicy(denoiser.config),
+        spread.SpreadPosterior(denoiser.config, 4).start_from(denoiser),
+    )
+    networks, found = (denoiser, policy, posterior), []
+    optimizer = torch.optim.AdamW(mdmvi.parameter_groups(None, policy, None, policy_lr=1e-2))
+    for step in range(201):
+        generator = torch.Generator().manual_seed(step)
+        data = (tokens, canvas, 4, 0.1, 2, generator)
+        if step % 200 == 0:
+            found.append(mdmvi.order_elbo(*networks, *data).mean().item())
+        loss, _ = mdmvi.importance_order_loss(*networks, *data)
+        loss.backward()
+        mdmvi.update([optimizer], step, 201)
+    uniform = mdmvi.uniform_elbo(denoiser, tokens, canvas, 4, 2).mean().item()
+    assert found[0] < uniform - 3 and abs(found[1] - uniform) < 1.0

@@ -42,7 +42,8 @@ import eval_gsm8k
 import mdmvi
 import sample
 import train
-from examples import arithmetic, spread
+from examples import arithmetic
+from examples.spread import SpreadPosterior
 
 torch.set_num_threads(1)
 
@@ -2040,7 +2041,7 @@ def test_what_is_trained_on_which_flags(
     assert sizes["mdm_loss"] == stage_1 + baseline
     assert [sizes[name] for name in LOSS_NAMES[1:]] == [known, importance, uniform]
     models = eval_gsm8k.load_checkpoint(tmp_path / "checkpoint.pt")[2]
-    kinds = {"free": mdmvi.OrderPosterior, "spread": spread.SpreadPosterior}
+    kinds = {"free": mdmvi.OrderPosterior, "spread": SpreadPosterior}
     expected = [kind for name, kind in kinds.items() if name in more] or [mdmvi.RunPosterior]
     assert type(models.posterior) is expected[0]
 

@@ -103,6 +103,7 @@ def test_the_policy_sees_which_place_it_is_and_how_many_there_are():
     assert torch.allclose(first, second, atol=1e-5)  # wherever the canvas lies
     assert first.std() > 0.1  # the place counts
     assert (first[:3] - third).abs().min() > 0.01  # so does the number
+    assert logits[~masked].std() < 1e-5  # and what is revealed has neither
 
 
 def test_a_timetable_can_be_foretold():

@@ -103,12 +103,12 @@ def test_the_policy_sees_which_place_it_is_and_how_many_there_are():
     assert torch.allclose(first, second, atol=1e-5)  # wherever the canvas lies
     assert first.std() > 0.1  # the place counts
     assert (first[:3] - third).abs().min() > 0.01  # so does the number
-    assert logits[~masked].std() < 1e-5  # and what is revealed has neither
+    assert logits[~masked].std() < 1e-3  # and what is revealed has neither
 
 
 def test_a_timetable_can_be_foretold():
     """Training the policy alone brings KL down; the bound rises by as much."""
-    tokens, canvas = problems(rows=16)
+    tokens, canvas = problems(rows=8)
     torch.manual_seed(0)
     denoiser = mdmvi.Denoiser(tiny_config())
     policy, posterior = (
@@ -117,13 +117,13 @@ def test_a_timetable_can_be_foretold():
     )
     networks, found = (denoiser, policy, posterior), []
     optimizer = torch.optim.AdamW(mdmvi.parameter_groups(None, policy, None, policy_lr=1e-2))
-    for step in range(201):
+    for step in range(101):
         generator = torch.Generator().manual_seed(step)
         data = (tokens, canvas, 4, 0.1, 2, generator)
-        if step % 200 == 0:
+        if step % 100 == 0:
             found.append(mdmvi.order_elbo(*networks, *data).mean().item())
         loss, _ = mdmvi.importance_order_loss(*networks, *data)
         loss.backward()
-        mdmvi.update([optimizer], step, 201)
+        mdmvi.update([optimizer], step, 101)
     uniform = mdmvi.uniform_elbo(denoiser, tokens, canvas, 4, 2).mean().item()
     assert found[0] < uniform - 3 and abs(found[1] - uniform) < 1.0

@@ -75,7 +75,7 @@ def parse_args(argv=None):
 
 
 def make_args(flags, accumulate=None):
-    """train.Args of these flags; --paper takes a step in up to 8 micro-batches."""
+    """train.Args of these flags; --paper has the README's recipe, in up to 8 micro-batches."""
     problems = flags.batch // (PATHS + 1)
     if accumulate is None:
         accumulate = 8 if flags.paper and problems % 8 == 0 else 1
@@ -87,6 +87,7 @@ def make_args(flags, accumulate=None):
         order_batch=problems,
         paths=PATHS,
         budget=flags.budget,
+        orders="spread" if flags.paper else "runs",
         optimizer="adamw" if flags.paper else "muon",
         accumulate=accumulate,
         device=flags.device,

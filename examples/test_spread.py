@@ -127,3 +127,28 @@ def test_a_timetable_can_be_foretold():
         mdmvi.update([optimizer], step, 101)
     uniform = mdmvi.uniform_elbo(denoiser, tokens, canvas, 4, 2).mean().item()
     assert found[0] < uniform - 3 and abs(found[1] - uniform) < 1.0
+
+
+def loss_of(networks, data):
+    generator = torch.Generator().manual_seed(0) if data[0].device.type == "cpu" else None
+    return mdmvi.importance_order_loss(*networks, *data, 4, 0.1, 2, generator)[0]
+
+
+def networks():
+    torch.manual_seed(0)
+    config = tiny_config()
+    return mdmvi.Denoiser(config), spread.SpreadPolicy(config), spread.SpreadPosterior(config, 4)
+
+
+def test_a_step_never_waits_for_the_device():
+    """A meta tensor has no values: any that the host had to look at would raise."""
+    on_meta = [network.to("meta") for network in networks()]
+    loss = loss_of(on_meta, [x.to("meta") for x in problems()])
+    loss.backward()
+    assert loss.is_meta and on_meta[1].count.weight.grad.is_meta
+
+
+def test_autocast():
+    exact, data = loss_of(networks(), problems(rows=64)), problems(rows=64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert loss_of(networks(), data).item() == pytest.approx(exact.item(), rel=0.02)

@@ -9,7 +9,8 @@ A rule that looks at x_s alone has one path to each x_0, so its bound is the log
 tokens along that path. "spread" reveals positions far from each other in equal parts: 0, then the
 middle, the quarters, the eighths. "best runs" is no bound but a ceiling: each solution is known and
 cut where its probability is highest, and the order costs no KL. An order of runs from the left has
-no more with this denoiser. Intervals: 95%, bootstrap over problems.
+no more with this denoiser. Intervals: 95%, bootstrap over problems; the last column is of the
+differences on the same problems.
 """
 
 import torch
@@ -116,10 +117,13 @@ def main(argv=None):
     bounds["uniform", "plain"] = uniform(plain)
     bounds |= {(rule, "plain"): along(rule) for rule in RULES}
     bounds["best runs", "plain"] = lambda x, on: best_runs(plain, x, on, budget)
-    lines = [("order", "model", "nats a token")]
+    last = "learned is ahead by" if models.policy else ""
+    lines, ours = [("order", "model", "nats a token", last)], None
     for (order, model), bound in bounds.items():
         nats = measure(bound, tokens, canvas, args.batch, order)
-        lines.append((order, model, interval(nats)))
+        ours = nats if order == "learned" else ours
+        ahead = "" if ours is None or ours is nats else interval(ours - nats)
+        lines.append((order, model, interval(nats), ahead))
     print(f"\n{len(tokens)} of {len(fits)} problems fit; T = {budget}, bounds on log p\n")
     print(eval_gsm8k.aligned(lines))
 

@@ -1,6 +1,7 @@
 """Tests of examples/bounds.py:  python -m pytest examples/test_bounds.py"""
 
 import itertools
+import re
 
 import pytest
 import torch
@@ -95,10 +96,24 @@ def test_the_table(has_order, monkeypatch, capsys):
     bounds.main(["--batch", "4", "--budget", "3"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].startswith("6 of 6 problems fit; T = 3,")
-    rows = [line.split()[:-3] for line in lines[4:]]
-    learned = [["learned", "order"], ["uniform", "order"]] if has_order else []
-    rules = [[rule, "plain"] for rule in bounds.RULES]
-    assert rows == [*learned, ["uniform", "plain"], *rules, ["best", "runs", "plain"]]
+    number = r"(-?[0-9.]+) \[(-?[0-9.]+), (-?[0-9.]+)\]"
+    row = re.compile(rf"(\S+(?: runs)?) +(order|plain) +{number}(?: +{number})?")
+    names, nats, ahead = [], [], []
+    for line in lines[4:]:
+        order, model, mean, _, _, more, low, high = row.fullmatch(line).groups()
+        names.append((order, model))
+        nats.append(float(mean))
+        ahead.append(more and [float(x) for x in (more, low, high)])
+    learned = [("learned", "order"), ("uniform", "order")] if has_order else []
+    rules = [(rule, "plain") for rule in bounds.RULES]
+    assert names == [*learned, ("uniform", "plain"), *rules, ("best runs", "plain")]
+    assert ("learned is ahead by" in lines[3]) == has_order
+    if not has_order:
+        assert not any(ahead)
+        return
+    assert ahead[0] is None
+    for theirs, (more, low, high) in zip(nats[1:], ahead[1:]):
+        assert more == pytest.approx(nats[0] - theirs, abs=2e-4) and low <= more <= high
 
 
 def test_refuses_no_checkpoint(tmp_path):

@@ -2,8 +2,9 @@
 
     python eval_gsm8k.py --sweep 1 2 3 4 5 6 8 --json rows.json
     python -m examples.plot rows.json --out steps.png                 # needs matplotlib
+    python -m examples.plot rows.json out10/results.json --out steps.png
 
-Takes the rows that eval_gsm8k.py writes, of one run or of several.
+Takes the rows that eval_gsm8k.py and train.py write, of one run or of several.
 """
 
 from pathlib import Path
@@ -59,16 +60,26 @@ def pyplot():
     return plt
 
 
+def points(rows, name, key):
+    """(steps, right in percent) of a method: with so many steps, its best model."""
+    best = {}
+    for row in (row for row in rows if row["method"] == name):
+        steps = round(row["average_steps"], 1)
+        best[steps] = max(100 * row[key], best.get(steps, 0.0))
+    return sorted(best.items())
+
+
 def draw(rows, path):
     """Right answers, or whole solutions, against average steps, a line a method."""
     plt, key = pyplot(), measure(rows)
     figure, axes = plt.subplots(figsize=(7, 4.5))
     for name in dict.fromkeys(row["method"] for row in rows):
-        mine = [(r["average_steps"], 100 * r[key]) for r in rows if r["method"] == name]
         style = {"linestyle": "--" if name.endswith("+eos") else "-"}
         if name == "learned":
             style = {"color": "black", "linewidth": 2.5, "zorder": 3, "markersize": 9}
-        axes.plot(*zip(*sorted(set(mine))), marker="o", label=name, **{"markersize": 4, **style})
+        axes.plot(
+            *zip(*points(rows, name, key)), marker="o", label=name, **{"markersize": 4, **style}
+        )
     axes.set(xlabel="average steps (forward passes)", ylabel=f"{key}, %", xscale="log")
     axes.set_xticks(sorted({row["budget"] for row in rows}))
     axes.xaxis.set_major_formatter("{x:g}")

@@ -79,6 +79,13 @@ def test_picture(files):
     assert all(f"<!-- {name} -->" in drawn for name in ("learned", "iid", "threshold+eos"))
 
 
+def test_points_are_of_the_best_model():
+    shares = ((4.0, 0.2), (3.96, 0.3), (2.0, 0.0))
+    rows = [{"method": "iid", "average_steps": s, "answered": share} for s, share in shares]
+    rows.append({"method": "random", "average_steps": 4.0, "answered": 0.9})
+    assert plot.points(rows, "iid", "answered") == [(2.0, 0.0), (4.0, 30.0)]
+
+
 def test_picture_without_matplotlib(files, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert call("rows.json", "--out", "order.png") == 2

@@ -1,7 +1,7 @@
 """Training: stage 1 (plain MDM), the equal-compute baseline, stage 2 (orders), and the table.
 
     python train.py                                    # embedded word problems, CPU, minutes
-    python train.py --data openai/gsm8k --max-len 256 --canvas-len 96   # or a file, or a folder
+    python train.py --data openai/gsm8k --max-len 256 --canvas-len 96 --orders spread --search 0
     python train.py --resume                           # go on from out/checkpoint.pt
     python train.py --start out/plain.pt --budget 10 --out out10      # stage 2, another budget
 
@@ -72,7 +72,9 @@ class Args:
     search: whole = 512  # stage 2: problems whose best runs it starts from; 0: none
     budget: positive = 5  # stage 2: steps of generation, T
     tau: amount = 0.1  # stage 2: temperature of the posterior
-    orders: Literal["runs", "spread", "free"] = "runs"  # stage 2: free is the paper's
+    orders: Literal["runs", "spread", "free"] = (
+        "runs"  # stage 2: from the left, or spread out, or the paper's
+    )
     estimator: Literal["importance", "uniform"] = "importance"  # stage 2: uniform is the paper's
     optimizer: Literal["muon", "adamw"] = "muon"  # muon leaves what is no block matrix to AdamW
     end_lr: amount = 0.01  # share of the peak learning rates that is left at the end of a stage
@@ -101,7 +103,9 @@ def parse_args(argv=None):
     if args.batch % args.accumulate or args.order_batch % args.accumulate:
         raise UserError(f"--accumulate {args.accumulate} must divide --batch and --order-batch")
     if args.orders != "runs" and args.search:
-        raise UserError(f"--orders {args.orders} cannot learn what is searched: give --search 0")
+        raise UserError(
+            f"--orders {args.orders} cannot learn what is searched, runs: give --search 0"
+        )
     if args.canvas_len >= args.max_len:
         raise UserError(
             f"--canvas-len {args.canvas_len} leaves no prompt in --max-len {args.max_len}"

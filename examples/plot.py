@@ -61,10 +61,10 @@ def pyplot():
 
 
 def points(rows, name, key):
-    """(steps, right in percent) of a method: with so many steps, its best model."""
+    """(steps, right in percent) of a method; of a rule with so many steps, its best model."""
     best = {}
     for row in (row for row in rows if row["method"] == name):
-        steps = round(row["average_steps"], 1)
+        steps = round(row["average_steps"], 9 if name == "learned" else 1)
         best[steps] = max(100 * row[key], best.get(steps, 0.0))
     return sorted(best.items())
 
@@ -76,7 +76,7 @@ def draw(rows, path):
     for name in dict.fromkeys(row["method"] for row in rows):
         style = {"linestyle": "--" if name.endswith("+eos") else "-"}
         if name == "learned":
-            style = {"color": "black", "linewidth": 2.5, "zorder": 3, "markersize": 9}
+            style = {"color": "black", "linestyle": "", "zorder": 3, "markersize": 8}
         axes.plot(
             *zip(*points(rows, name, key)), marker="o", label=name, **{"markersize": 4, **style}
         )
@@ -93,7 +93,7 @@ def draw(rows, path):
 
 def main(argv=None):
     parser = Parser(__doc__)
-    parser.add_argument("rows", nargs="+", help="files that eval_gsm8k.py --json wrote")
+    parser.add_argument("rows", nargs="+", help="files of eval_gsm8k.py --json or train.py")
     parser.add_argument(
         "--out", type=writable, metavar="FILE", help="draw the picture there: .png, .svg or .pdf"
     )

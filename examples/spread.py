@@ -1,12 +1,11 @@
-"""Orders for text whose neighbours depend on each other: places far apart go together.
+"""Orders for text where each token is needed to tell the next, such as the equations of GSM8K.
 
     python train.py --orders spread --search 0 --data openai/gsm8k --max-len 256 --canvas-len 96
-    python -m examples.bounds --checkpoint out/plain.pt     # is "spread" ahead of "best runs"?
 
-A run from the left reveals neighbours together, and on real text they seldom are independent. Here
-the canvas has a timetable: its places in the order 0, 1/2, 1/4, 3/4, 1/8, ... go in T equal parts.
-What x_0 is moves a token to another step where that pays. No search is needed: these orders start
-well, and a policy that sees places foretells a timetable.
+The canvas has a timetable. Its places are taken in the order 0, 1/2, 1/4, 3/4, 1/8, ... of its
+length and cut into T equal parts, one for each step. The posterior may move a token to another
+step. No search is needed: the timetable is a good start, and the policy, which sees places, can
+foretell it.
 """
 
 import torch
@@ -16,16 +15,20 @@ import mdmvi
 
 
 def spread_ranks(length):
-    """When each place comes if they are spread out: its bits in reverse, int64 [length]."""
+    """The rank of each place if they are spread out: its bits in reverse, int64 [length].
+
+    Ranks have gaps where `length` is no power of two.
+    """
     place, bits = torch.arange(length), range((length - 1).bit_length())
-    return sum((place >> b & 1) << (len(bits) - 1 - b) for b in bits)
+    return sum(((place >> b & 1) << (len(bits) - 1 - b) for b in bits), torch.zeros_like(place))
 
 
 class SpreadPosterior(mdmvi.OrderPosterior):
     """log alpha = CONTENT * score - APART * timetable, [B, N], for `budget` steps.
 
-    APART is five times tau = 0.1, so that a part of the timetable moves as one. The scores count
-    for little at first: a token that is late by itself makes all later parts wait for it.
+    APART is five times tau = 0.1, so that a part of the timetable moves as one; scale it with tau.
+    The score starts at 0, and CONTENT keeps it small: a token that falls behind its part becomes
+    the best one left, and the next step reveals little else.
     """
 
     APART, CONTENT = 0.5, 0.1
@@ -34,7 +37,7 @@ class SpreadPosterior(mdmvi.OrderPosterior):
         super().__init__(config)
         nn.init.zeros_(self.score.weight)
         rank = spread_ranks(config.canvas_len or config.max_len).argsort().argsort()
-        self.register_buffer("timetable", rank * budget // len(rank))  # of each place, its step
+        self.register_buffer("timetable", rank * budget // len(rank))  # the step of each place
 
     def forward(self, tokens, canvas):
         place = (canvas.cumsum(1) - 1).clamp(min=0)
@@ -44,7 +47,7 @@ class SpreadPosterior(mdmvi.OrderPosterior):
 class SpreadPolicy(mdmvi.UnmaskPolicy):
     """An `UnmaskPolicy` that sees which of the masked places each is, and how many there are.
 
-    From these two numbers a timetable can be told: hidden states know distances only.
+    The timetable can be told from these two numbers. Hidden states know distances only.
     """
 
     def __init__(self, config):

@@ -84,6 +84,8 @@ def test_points_are_of_the_best_model():
     rows = [{"method": "iid", "average_steps": s, "answered": share} for s, share in shares]
     rows.append({"method": "random", "average_steps": 4.0, "answered": 0.9})
     assert plot.points(rows, "iid", "answered") == [(2.0, 0.0), (4.0, 30.0)]
+    ours = [{**row, "method": "learned"} for row in rows[:3]]
+    assert plot.points(ours, "learned", "answered") == [(2.0, 0.0), (3.96, 30.0), (4.0, 20.0)]
 
 
 def test_picture_without_matplotlib(files, monkeypatch, capsys):

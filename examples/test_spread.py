@@ -40,6 +40,7 @@ def randomise(network):
 def test_spread_ranks():
     assert spread.spread_ranks(8).tolist() == [0, 4, 2, 6, 1, 5, 3, 7]
     assert spread.spread_ranks(5).tolist() == [0, 4, 2, 6, 1]
+    assert spread.spread_ranks(1).tolist() == [0]
 
 
 @pytest.mark.parametrize(

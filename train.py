@@ -72,9 +72,7 @@ class Args:
     search: whole = 512  # stage 2: problems whose best runs it starts from; 0: none
     budget: positive = 5  # stage 2: steps of generation, T
     tau: amount = 0.1  # stage 2: temperature of the posterior
-    orders: Literal["runs", "spread", "free"] = (
-        "runs"  # stage 2: from the left, or spread out, or the paper's
-    )
+    orders: Literal["runs", "spread", "free"] = "runs"  # stage 2: kind of order; free: the paper's
     estimator: Literal["importance", "uniform"] = "importance"  # stage 2: uniform is the paper's
     optimizer: Literal["muon", "adamw"] = "muon"  # muon leaves what is no block matrix to AdamW
     end_lr: amount = 0.01  # share of the peak learning rates that is left at the end of a stage

@@ -6,11 +6,11 @@ uniform ones, fixed rules, and the best that an order of runs could have.
     python -m examples.bounds --checkpoint out/plain.pt      # before stage 2: can an order win?
 
 A rule that looks at x_s alone has one path to each x_0, so its bound is the log-probability of the
-tokens along that path. "spread" reveals positions far from each other in equal parts: 0, then the
-middle, the quarters, the eighths. "best runs" is no bound but a ceiling: each solution is known and
-cut where its probability is highest, and the order costs no KL. An order of runs from the left has
-no more with this denoiser. Intervals: 95%, bootstrap over problems; the last column is of the
-differences on the same problems.
+tokens along that path. "spread" is the timetable that the orders of examples/spread.py start from:
+places far from each other, in equal parts. "best runs" is no bound but a ceiling: each solution is
+known and cut where its probability is highest, and the order costs no KL. An order of runs from the
+left has no more with this denoiser. Intervals: 95%, bootstrap over problems; the last column is of
+the differences on the same problems.
 """
 
 import torch
@@ -25,11 +25,12 @@ from examples.spread import spread_ranks
 RULES = (*mdmvi.CONFIDENCE_RULES, "left_to_right", "spread")  # none of them draws
 
 
-def choose(strategy, logits, masked, steps_left):
-    """`mdmvi.choose_by_rule`, and the rule "spread"."""
+def choose(strategy, logits, masked, steps_left, canvas):
+    """`mdmvi.choose_by_rule`, and "spread", whose places count from the start of the canvas."""
     if strategy != "spread":
         return mdmvi.choose_by_rule(strategy, logits, masked, steps_left)
-    score = -spread_ranks(masked.shape[1]).to(masked.device).expand(masked.shape).float()
+    place = (canvas.cumsum(1) - 1).clamp(min=0)
+    score = -spread_ranks(int(canvas.sum(1).max())).to(masked.device)[place].float()
     return mdmvi.top_k(score, masked, (masked.sum(1) + steps_left - 1) // steps_left)
 
 
@@ -43,7 +44,7 @@ def rule_bound(denoiser, tokens, canvas, strategy, budget):
         if s == budget - 1:
             reveal = masked
         else:
-            reveal = choose(strategy, logits, masked, budget - s)
+            reveal = choose(strategy, logits, masked, budget - s, canvas)
         log_p = -F.cross_entropy(logits, tokens[masked], reduction="none")
         spread = masked.to(log_p.dtype).masked_scatter(masked, log_p)
         total += (spread * reveal).sum(1)

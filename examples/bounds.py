@@ -20,7 +20,7 @@ from tqdm import tqdm
 import eval_gsm8k
 import mdmvi
 from eval_gsm8k import Parser, UserError, positive, run_main, whole
-from examples.spread import spread_ranks
+from examples.spread import canvas_place, spread_ranks
 
 RULES = (*mdmvi.CONFIDENCE_RULES, "left_to_right", "spread")  # none of them draws
 
@@ -29,9 +29,8 @@ def choose(strategy, logits, masked, steps_left, canvas):
     """`mdmvi.choose_by_rule`, and "spread", whose places count from the start of the canvas."""
     if strategy != "spread":
         return mdmvi.choose_by_rule(strategy, logits, masked, steps_left)
-    place = (canvas.cumsum(1) - 1).clamp(min=0)
-    score = -spread_ranks(int(canvas.sum(1).max())).to(masked.device)[place].float()
-    return mdmvi.top_k(score, masked, (masked.sum(1) + steps_left - 1) // steps_left)
+    rank = spread_ranks(int(canvas.sum(1).max())).to(masked.device)[canvas_place(canvas)]
+    return mdmvi.top_k(-rank.float(), masked, (masked.sum(1) + steps_left - 1) // steps_left)
 
 
 @torch.no_grad()

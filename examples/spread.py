@@ -23,6 +23,11 @@ def spread_ranks(length):
     return sum(((place >> b & 1) << (len(bits) - 1 - b) for b in bits), torch.zeros_like(place))
 
 
+def canvas_place(canvas):
+    """Which place of its canvas each position is, counted from 0 and 0 before it: int64 [B, N]."""
+    return (canvas.cumsum(1) - 1).clamp(min=0)
+
+
 class SpreadPosterior(mdmvi.OrderPosterior):
     """log alpha = CONTENT * score - APART * timetable, [B, N], for `budget` steps.
 
@@ -40,8 +45,8 @@ class SpreadPosterior(mdmvi.OrderPosterior):
         self.register_buffer("timetable", rank * budget // len(rank))  # the step of each place
 
     def forward(self, tokens, canvas):
-        place = (canvas.cumsum(1) - 1).clamp(min=0)
-        return self.CONTENT * self.scores(tokens, canvas) - self.APART * self.timetable[place]
+        step = self.timetable[canvas_place(canvas)]
+        return self.CONTENT * self.scores(tokens, canvas) - self.APART * step
 
 
 class SpreadPolicy(mdmvi.UnmaskPolicy):

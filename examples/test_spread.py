@@ -30,6 +30,12 @@ def problems(rows=4, canvas_len=8):
     return tokens, (place >= start) & (place < start + canvas_len)
 
 
+def networks():
+    torch.manual_seed(0)
+    config = tiny_config()
+    return mdmvi.Denoiser(config), spread.SpreadPolicy(config), spread.SpreadPosterior(config, 4)
+
+
 def randomise(network):
     torch.manual_seed(1)
     for p in network.parameters():
@@ -110,20 +116,16 @@ def test_the_policy_sees_which_place_it_is_and_how_many_there_are():
 def test_a_timetable_can_be_foretold():
     """Training the policy alone brings KL down; the bound rises by as much."""
     tokens, canvas = problems(rows=8)
-    torch.manual_seed(0)
-    denoiser = mdmvi.Denoiser(tiny_config())
-    policy, posterior = (
-        spread.SpreadPolicy(denoiser.config),
-        spread.SpreadPosterior(denoiser.config, 4).start_from(denoiser),
-    )
-    networks, found = (denoiser, policy, posterior), []
+    denoiser, policy, posterior = trained = networks()
+    posterior.start_from(denoiser)
+    found = []
     optimizer = torch.optim.AdamW(mdmvi.parameter_groups(None, policy, None, policy_lr=1e-2))
     for step in range(101):
         generator = torch.Generator().manual_seed(step)
         data = (tokens, canvas, 4, 0.1, 2, generator)
         if step % 100 == 0:
-            found.append(mdmvi.order_elbo(*networks, *data).mean().item())
-        loss, _ = mdmvi.importance_order_loss(*networks, *data)
+            found.append(mdmvi.order_elbo(*trained, *data).mean().item())
+        loss, _ = mdmvi.importance_order_loss(*trained, *data)
         loss.backward()
         mdmvi.update([optimizer], step, 101)
     uniform = mdmvi.uniform_elbo(denoiser, tokens, canvas, 4, 2).mean().item()
@@ -133,12 +135,6 @@ def test_a_timetable_can_be_foretold():
 def loss_of(networks, data):
     generator = torch.Generator().manual_seed(0) if data[0].device.type == "cpu" else None
     return mdmvi.importance_order_loss(*networks, *data, 4, 0.1, 2, generator)[0]
-
-
-def networks():
-    torch.manual_seed(0)
-    config = tiny_config()
-    return mdmvi.Denoiser(config), spread.SpreadPolicy(config), spread.SpreadPosterior(config, 4)
 
 
 def test_a_step_never_waits_for_the_device():

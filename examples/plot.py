@@ -70,7 +70,7 @@ def points(rows, name, key):
 
 
 def draw(rows, path):
-    """Right answers, or whole solutions, against steps: learned orders as points, rules as lines."""
+    """Right answers, or whole solutions, against steps: learned orders are points, rules lines."""
     plt, key = pyplot(), measure(rows)
     figure, axes = plt.subplots(figsize=(7, 4.5))
     for name in dict.fromkeys(row["method"] for row in rows):

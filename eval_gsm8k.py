@@ -287,7 +287,7 @@ def make_orders(kind, config, budget):
     if kind == "runs":
         return mdmvi.RunPolicy(config), mdmvi.RunPosterior(config)
     if kind == "spread":
-        return spread.SpreadPolicy(config), spread.SpreadPosterior(config, budget)
+        return mdmvi.PlacePolicy(config), spread.SpreadPosterior(config, budget)
     return mdmvi.UnmaskPolicy(config), mdmvi.OrderPosterior(config)
 
 

@@ -553,6 +553,7 @@ def generate(
 
 # ------------------------------------------------------------------------------------------------
 # 5. Beyond the paper. Free scores find no good order in a short training. What helps:
+#      PlacePolicy               the policy sees which places are masked
 #      RunPosterior, RunPolicy   an order is a cut of the canvas into runs, from the left
 #      run_log_prob, cut_loss    the best cuts under the denoiser, by dynamic programming
 #      importance_order_loss     f_0 exact, a later step drawn where paths go on: less variance
@@ -583,22 +584,39 @@ class RunPosterior(OrderPosterior):
         return -self.SPACING * (cut * canvas).cumsum(1)
 
 
-class RunPolicy(UnmaskPolicy):
-    """An `UnmaskPolicy` for runs: pi_i is the product of sigmoid(u_j) over j <= i in M_s.
+class PlacePolicy(UnmaskPolicy):
+    """An `UnmaskPolicy` that sees which of the masked places each is, and how many there are.
 
-    A position should be revealed only where all before it are likely to be. The product makes pi
-    fall from left to right, which separate sigmoids do not ensure. The draws stay independent.
-    Where a run ends depends on where it begins, so u has a block of attention of its own.
+    Orders go by places, and hidden states know distances only. Where a step ends depends on where
+    it begins, so it also has a block of attention of its own.
     """
 
     def __init__(self, config):
         super().__init__(config)
         self.block = Block(config)
-        self.if_masked = nn.Parameter(torch.zeros(config.n_embd))  # added where x_s is masked
+        self.rank = nn.Embedding(config.max_len + 1, config.n_embd)
+        self.count = nn.Embedding(config.max_len + 1, config.n_embd)
+        for table in (self.rank, self.count):
+            nn.init.normal_(table.weight, std=0.5)
+
+    def forward(self, hidden, masked):
+        rank = masked.cumsum(1)
+        seen = self.rank(rank) + self.count(rank[:, -1:])
+        return super().forward(self.block(hidden + masked[:, :, None] * seen), masked)
+
+
+class RunPolicy(PlacePolicy):
+    """A `PlacePolicy` for runs: pi_i is the product of sigmoid(u_j) over j <= i in M_s.
+
+    A position should be revealed only where all before it are likely to be. The product makes pi
+    fall from left to right, which separate sigmoids do not ensure. The draws stay independent.
+    """
+
+    def __init__(self, config):
+        super().__init__(config)
         nn.init.constant_(self.outer.bias, 3.0)
 
     def forward(self, hidden, masked):
-        hidden = self.block(hidden + masked[:, :, None] * self.if_masked)
         log_go_on = F.logsigmoid(super().forward(hidden, masked))
         log_pi = log_go_on.masked_fill(~masked, 0.0).cumsum(1)
         return log_pi - log_one_minus(log_pi)  # the logit of pi

@@ -934,12 +934,24 @@ def test_a_posterior_that_has_learned_the_cuts_draws_the_order():
     assert torch.equal(masked, step >= 2)
 
 
+def test_place_policy():
+    """It sees the place and the number, with hidden states all alike and no attention; no more."""
+    policy = randomise(mdmvi.PlacePolicy(tiny_config()))
+    torch.nn.init.zeros_(policy.block.proj.weight)
+    masked = torch.tensor([[1, 1, 1, 1, 0], [0, 1, 1, 1, 1], [0, 1, 0, 1, 1]]).bool()
+    logits = policy(torch.ones(3, 5, 8), masked)
+    first, second, third = (row[on] for row, on in zip(logits, masked))
+    assert torch.allclose(first, second, atol=1e-5)  # wherever the canvas lies
+    assert first.std() > 0.1  # the place counts
+    assert (first[:3] - third).abs().min() > 0.01  # so does the number
+    assert logits[~masked].std() < 1e-3  # and what is revealed has neither
+
+
 def test_run_policy():
     """pi is the product of a plain policy's pi over the masked positions up to one."""
     policy, hidden = randomise(mdmvi.RunPolicy(tiny_config())), torch.randn(3, 6, 8)
     masked = torch.rand(3, 6, generator=rng(1)) < 0.6
-    seen = policy.block(hidden + torch.where(masked[:, :, None], policy.if_masked, 0.0))
-    u = mdmvi.UnmaskPolicy.forward(policy, seen, masked).double().sigmoid()
+    u = mdmvi.PlacePolicy.forward(policy, hidden, masked).double().sigmoid()
     pi = policy(hidden, masked).double().sigmoid()
     for row, i in masked.nonzero().tolist():
         before = [u[row, j] for j in range(i + 1) if masked[row, j]]

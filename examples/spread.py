@@ -47,23 +47,3 @@ class SpreadPosterior(mdmvi.OrderPosterior):
     def forward(self, tokens, canvas):
         step = self.timetable[canvas_place(canvas)]
         return self.CONTENT * self.scores(tokens, canvas) - self.APART * step
-
-
-class SpreadPolicy(mdmvi.UnmaskPolicy):
-    """An `UnmaskPolicy` that sees which of the masked places each is, and how many there are.
-
-    The timetable can be told from these two numbers. Hidden states know distances only.
-    """
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.block = mdmvi.Block(config)
-        self.rank = nn.Embedding(config.max_len + 1, config.n_embd)
-        self.count = nn.Embedding(config.max_len + 1, config.n_embd)
-        for table in (self.rank, self.count):
-            nn.init.normal_(table.weight, std=0.5)
-
-    def forward(self, hidden, masked):
-        rank = masked.cumsum(1)
-        seen = self.rank(rank) + self.count(rank[:, -1:])
-        return super().forward(self.block(hidden + masked[:, :, None] * seen), masked)

@@ -33,7 +33,7 @@ def problems(rows=4, canvas_len=8):
 def networks():
     torch.manual_seed(0)
     config = tiny_config()
-    return mdmvi.Denoiser(config), spread.SpreadPolicy(config), spread.SpreadPosterior(config, 4)
+    return mdmvi.Denoiser(config), mdmvi.PlacePolicy(config), spread.SpreadPosterior(config, 4)
 
 
 def randomise(network):
@@ -97,20 +97,7 @@ def test_any_canvas_without_canvas_len():
     config = tiny_config(canvas_len=0)
     assert spread.SpreadPosterior(config, 4)(tokens, canvas).isfinite().all()
     hidden = torch.randn(4, 10, 16)
-    assert spread.SpreadPolicy(config)(hidden, canvas).isfinite().all()
-
-
-def test_the_policy_sees_which_place_it_is_and_how_many_there_are():
-    """With hidden states that are all alike, and attention that does nothing."""
-    policy = randomise(spread.SpreadPolicy(tiny_config()))
-    torch.nn.init.zeros_(policy.block.proj.weight)
-    masked = torch.tensor([[1, 1, 1, 1, 0], [0, 1, 1, 1, 1], [0, 1, 0, 1, 1]]).bool()
-    logits = policy(torch.ones(3, 5, 16), masked)
-    first, second, third = (row[on] for row, on in zip(logits, masked))
-    assert torch.allclose(first, second, atol=1e-5)  # wherever the canvas lies
-    assert first.std() > 0.1  # the place counts
-    assert (first[:3] - third).abs().min() > 0.01  # so does the number
-    assert logits[~masked].std() < 1e-3  # and what is revealed has neither
+    assert mdmvi.PlacePolicy(config)(hidden, canvas).isfinite().all()
 
 
 def test_a_timetable_can_be_foretold():

@@ -585,10 +585,11 @@ class RunPosterior(OrderPosterior):
 
 
 class PlacePolicy(UnmaskPolicy):
-    """An `UnmaskPolicy` that sees which of the masked places each is, and how many there are.
+    """An `UnmaskPolicy` that sees the rank of each place among the masked ones, and their number.
 
-    Orders go by places, and hidden states know distances only. Where a step ends depends on where
-    it begins, so it also has a block of attention of its own.
+    Attention sees distances only, so hidden states hardly tell places, and orders depend on them.
+    A block of attention of its own lets a position see what the others hold. `config` is of the
+    width of the hidden states; no row may be longer than its max_len.
     """
 
     def __init__(self, config):

@@ -4,8 +4,8 @@
 
 The canvas has a timetable. Its places are taken in the order 0, 1/2, 1/4, 3/4, 1/8, ... of its
 length and cut into T equal parts, one for each step. The posterior may move a token to another
-step. No search is needed: the timetable is a good start, and the policy, which sees places, can
-foretell it.
+step. No search is needed: the timetable is a good start, and `mdmvi.PlacePolicy`, which sees
+places, can foretell it.
 """
 
 import torch

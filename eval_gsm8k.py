@@ -287,7 +287,8 @@ def make_orders(kind, config, budget):
     if kind == "runs":
         return mdmvi.RunPolicy(config), mdmvi.RunPosterior(config)
     if kind == "spread":
-        return mdmvi.PlacePolicy(config), spread.SpreadPosterior(config, budget)
+        posterior = spread.SpreadPosterior(config, budget)
+        return spread.SpreadPolicy(config, posterior.timetable), posterior
     return mdmvi.UnmaskPolicy(config), mdmvi.OrderPosterior(config)
 
 

@@ -301,13 +301,15 @@ def stratified_uniform(n, device, generator=None):
     return (torch.arange(n, device=device) / n + u) % 1.0
 
 
-def mdm_loss(denoiser, tokens, canvas, generator=None):
+def mdm_loss(denoiser, tokens, canvas, generator=None, rates=(0.0, 1.0)):
     """Plain masked-diffusion loss, nats per canvas token (scalar); SMDM's objective.
 
-    t ~ U(0, 1], low discrepancy over the batch; each canvas token is masked with probability t; the
-    cross-entropy of the masked ones is summed and divided by t and by the canvas length.
+    t ~ U(low, high] of `rates`, low discrepancy over the batch; each canvas token is masked with
+    probability t; the cross-entropy of the masked ones is summed and divided by t and by the canvas
+    length.
     """
-    t = 1.0 - stratified_uniform(len(tokens), tokens.device, generator)
+    low, high = rates
+    t = high - (high - low) * stratified_uniform(len(tokens), tokens.device, generator)
     u = torch.rand(tokens.shape, device=tokens.device, generator=generator)
     log_p, _ = token_log_prob(denoiser, tokens, canvas & (u < t[:, None]))
     return -(log_p.sum(1) / t / canvas.sum(1)).mean()

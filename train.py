@@ -1,7 +1,7 @@
 """Training: stage 1 (plain MDM), the equal-compute baseline, stage 2 (orders), and the table.
 
     python train.py                                    # embedded word problems, CPU, minutes
-    python train.py --data openai/gsm8k --max-len 256 --canvas-len 96 --orders spread --search 0
+    python train.py --data openai/gsm8k --max-len 256 --canvas-len 96 --orders spread
     python train.py --resume                           # go on from out/checkpoint.pt
     python train.py --start out/plain.pt --budget 10 --out out10      # stage 2, another budget
 
@@ -30,7 +30,7 @@ from tqdm import tqdm
 import eval_gsm8k
 import mdmvi
 from eval_gsm8k import UserError, amount, positive, whole
-from examples import smdm
+from examples import smdm, spread
 from examples.muon import make_optimizers
 
 #           layers, heads, width, hidden
@@ -41,7 +41,9 @@ SIZES = {
     "170m": (18, 12, 768, 3072),
 }
 STAGES = ("plain", "baseline", "order", "done")
+MIDDLE = (0.2, 0.7)  # mask rates: below, a sum is mostly copied, above, its numbers are hidden
 SEARCH_STEPS, SEARCH_BATCH = 200, 32  # the posterior's training on the runs that were searched
+SWAPS = 400  # tries in the search for a timetable
 SAVE_COST = 0.02  # the share of the time that saving may take
 FREE = {"out", "resume", "start", "device", "compile", "problems"}  # may differ when a run goes on
 STAGE_1 = ("answers", "size", "init", "max_len", "canvas_len")  # may not differ from --start's run
@@ -62,6 +64,7 @@ class Args:
     max_len: positive = 59  # tokens in prompt and canvas together (256 for GSM8K)
     canvas_len: positive = 27  # tokens in the canvas (96 for GSM8K)
     steps: positive = 5000  # stage 1: plain steps
+    middle_steps: whole = 0  # stage 1: so many first steps have no mask rates but 0.2 to 0.7
     batch: positive = 32  # stage 1: sequences a step
     lr: amount = 2e-3  # stage 1: peak learning rate
     order_steps: whole = 500  # stage 2: steps; the baseline sees as many sequences; 0: stage 1 only
@@ -69,7 +72,7 @@ class Args:
     paths: positive = 3  # stage 2: paths a problem, K
     order_lr: amount = 1e-3  # stage 2, baseline: peak rate of the denoiser; 0 leaves it frozen
     head_lr: amount = 3e-3  # stage 2: peak rate of the policy and the search; posterior: a tenth
-    search: whole = 512  # stage 2: problems whose best runs it starts from; 0: none
+    search: whole = 512  # stage 2: problems it finds the first orders with; 0: none
     budget: positive = 5  # stage 2: steps of generation, T
     tau: amount = 0.1  # stage 2: temperature of the posterior
     orders: Literal["runs", "spread", "free"] = "runs"  # stage 2: kind of order; free: the paper's
@@ -100,10 +103,8 @@ def parse_args(argv=None):
         raise UserError("--tau must be above 0, and --end-lr at most 1")
     if args.batch % args.accumulate or args.order_batch % args.accumulate:
         raise UserError(f"--accumulate {args.accumulate} must divide --batch and --order-batch")
-    if args.orders != "runs" and args.search:
-        raise UserError(
-            f"--orders {args.orders} cannot learn what is searched, runs: give --search 0"
-        )
+    if args.orders == "free" and args.search:
+        raise UserError("--orders free cannot start from what is searched: give --search 0")
     if args.canvas_len >= args.max_len:
         raise UserError(
             f"--canvas-len {args.canvas_len} leaves no prompt in --max-len {args.max_len}"
@@ -232,7 +233,8 @@ def stage_groups(run, stage):
     if stage == "baseline":
         # As many passes as stage 2 takes, those of its search too: one without gradient is a third
         n = args.order_batch * (args.paths + (args.estimator == "importance"))
-        searched = math.ceil(args.search * args.canvas_len / 3 / n)
+        passes = args.canvas_len if args.orders == "runs" else SWAPS
+        searched = math.ceil(args.search * passes / 3 / n)
         groups = mdmvi.parameter_groups(run.plain, None, None, args.order_lr)
         return groups, args.order_steps + searched, n
     run.denoiser.requires_grad_(args.order_lr > 0)
@@ -254,7 +256,9 @@ def stage_loss(run, stage, data, n):
     tokens, canvas = pick(data, n, generator)
     if stage != "order":
         denoiser = run.denoiser if stage == "plain" else run.plain
-        return mdmvi.mdm_loss(denoiser, tokens.long(), canvas, generator), None
+        middle = stage == "plain" and run.step < args.middle_steps
+        rates = MIDDLE if middle else (0.0, 1.0)
+        return mdmvi.mdm_loss(denoiser, tokens.long(), canvas, generator, rates), None
     networks = (run.denoiser, run.policy, run.posterior)
     estimator = {"importance": mdmvi.importance_order_loss, "uniform": mdmvi.order_loss}
     return estimator[args.estimator](
@@ -344,9 +348,22 @@ def train_stage(run, data, stop, log):
 
 
 def search_orders(run, data):
-    """The posterior learns which cuts are best under the denoiser, on some training problems."""
-    args, values = run.args, []
+    """Orders to start from: what is best for some training problems under the denoiser."""
+    args = run.args
     tokens, canvas = pick(data, args.search, run.generator)
+    if args.orders == "runs":
+        search_cuts(run, tokens, canvas)
+        return
+    start = (run.posterior.timetable, SWAPS, run.generator)
+    with autocast(run.device):
+        timetable = spread.search_timetable(run.denoiser, tokens, canvas, *start)
+    run.posterior.timetable.copy_(timetable)
+    run.policy.start_from(timetable)
+
+
+def search_cuts(run, tokens, canvas):
+    """The posterior learns which cuts of some problems are best."""
+    args, values = run.args, []
     parts = list(zip(tokens.split(64), canvas.split(64)))
     for x, on in tqdm(parts, desc="search", unit="batch", mininterval=1.0):
         with autocast(run.device):

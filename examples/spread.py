@@ -1,17 +1,20 @@
-"""Orders for text where each token is needed to tell the next, such as the equations of GSM8K.
+"""Orders for text where each token is needed to tell the next: what is far apart, together.
 
-    python train.py --orders spread --search 0 --data openai/gsm8k --max-len 256 --canvas-len 96
+    python train.py --orders spread --data openai/gsm8k --max-len 256 --canvas-len 96
 
 The canvas has a timetable. Its places are taken in the order 0, 1/2, 1/4, 3/4, 1/8, ... of its
-length and cut into T equal parts, one for each step. The posterior may move a token to another
-step. No search is needed: the timetable is a good start, and `mdmvi.PlacePolicy`, which sees
-places, can foretell it.
+length and cut into T equal parts, one for each step. A search then lets places change steps where
+some training problems gain by it. The posterior may move a token to the step before, and the policy
+starts from the timetable too, so that it has nothing to learn anew.
 """
 
 import torch
 import torch.nn as nn
+from tqdm import tqdm
 
 import mdmvi
+
+SURE = 9.0  # the logit of what the timetable says
 
 
 def spread_ranks(length):
@@ -29,21 +32,87 @@ def canvas_place(canvas):
 
 
 class SpreadPosterior(mdmvi.OrderPosterior):
-    """log alpha = CONTENT * score - APART * timetable, [B, N], for `budget` steps.
+    """log alpha = -APART * (timetable - move), [B, N], for `budget` steps; move in (0, 1).
 
-    APART is five times tau = 0.1, so that a part of the timetable moves as one; scale it with tau.
-    The score starts at 0, and CONTENT keeps it small: a token that falls behind its part becomes
-    the best one left, and the next step reveals little else.
+    APART is ten times tau = 0.1, so that a part of the timetable goes as one; scale it with tau.
+    A token that falls behind its part becomes the best one left, and the next step reveals little
+    else; so all start with next to no move.
     """
 
-    APART, CONTENT = 0.5, 0.1
+    APART = 1.0
 
     def __init__(self, config, budget):
         super().__init__(config)
         nn.init.zeros_(self.score.weight)
+        nn.init.constant_(self.score.bias, -3.0)
         rank = spread_ranks(config.canvas_len or config.max_len).argsort().argsort()
         self.register_buffer("timetable", rank * budget // len(rank))  # the step of each place
 
     def forward(self, tokens, canvas):
-        step = self.timetable[canvas_place(canvas)]
-        return self.CONTENT * self.scores(tokens, canvas) - self.APART * step
+        move = self.scores(tokens, canvas).sigmoid()
+        return self.APART * (move - self.timetable[canvas_place(canvas)])
+
+
+class SpreadPolicy(mdmvi.PlacePolicy):
+    """A `PlacePolicy` that starts from a timetable: a logit for each rank and number of places."""
+
+    def __init__(self, config, timetable):
+        super().__init__(config)
+        nn.init.zeros_(self.outer.weight)
+        self.logit = nn.Parameter(torch.zeros(config.max_len + 1, config.max_len + 1))
+        self.start_from(timetable)
+
+    @torch.no_grad()
+    def start_from(self, timetable):
+        """timetable int64 [L]: the step of each place. Where a step was done in part, the places
+        that are left are taken for evenly spread over those it begins with."""
+        for s in range(int(timetable.max()) + 1):
+            due = timetable[timetable >= s] == s
+            for n in range(len(due) - int(due.sum()) + 1, len(due) + 1):
+                now = due[torch.arange(n, device=due.device) * len(due) // n]
+                self.logit[n, 1 : n + 1] = torch.where(now, SURE, -SURE)
+        return self
+
+    def forward(self, hidden, masked):
+        rank = masked.cumsum(1)
+        return super().forward(hidden, masked) + self.logit[rank[:, -1:], rank]
+
+
+@torch.no_grad()
+def search_timetable(denoiser, tokens, canvas, timetable, tries, generator=None):
+    """A timetable in which some given solutions are more probable, int64 [L], by trial.
+
+    Two places of neighbouring steps change places, and stay so where the mean log p_theta of the
+    solutions rises. What a step reveals is all that its log p depends on, so a try takes one pass:
+    the state before the later step. Every canvas has L places.
+    """
+    timetable, place = timetable.clone(), canvas_place(canvas)
+
+    def log_prob(s):
+        """Mean log p_theta of each place before step s, nats [L]; 0 where it is revealed."""
+        total = torch.zeros(len(timetable), device=tokens.device)
+        for x, on, at in zip(tokens.split(64), canvas.split(64), place.split(64)):
+            log_p, _ = mdmvi.token_log_prob(denoiser, x.long(), on & (timetable[at] >= s))
+            total += log_p[on].view(len(x), -1).sum(0)
+        return total / len(tokens)
+
+    def one_of(step):
+        places = (timetable == step).nonzero().squeeze(1)
+        return places[torch.randint(len(places), (), device=places.device, generator=generator)]
+
+    log_p = torch.stack([log_prob(s) for s in range(int(timetable.max()) + 1)])
+    value = log_p.gather(0, timetable[None]).sum()
+    with tqdm(range(tries), "timetable", unit="try", mininterval=1.0) as bar:
+        for _ in bar:
+            s = int(torch.randint(len(log_p) - 1, (), device=place.device, generator=generator))
+            pair, before = torch.stack((one_of(s), one_of(s + 1))), log_p[s + 1].clone()
+            timetable[pair] = timetable[pair.flip(0)]
+            log_p[s + 1] = log_prob(s + 1)
+            swapped = log_p.gather(0, timetable[None]).sum()
+            if swapped > value:
+                value = swapped
+                bar.set_postfix_str(f"loss {-value / len(timetable):.4f}", refresh=False)
+            else:
+                timetable[pair] = timetable[pair.flip(0)]
+                log_p[s + 1] = before
+    return timetable

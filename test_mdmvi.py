@@ -467,17 +467,22 @@ def test_plain_loss_is_the_bound_of_random_single_token_orders():
     assert_mean(gradients, torch.autograd.grad(expected, toy.token)[0], precision=0.02)
 
 
-def test_plain_loss_spreads_its_masking_rates(monkeypatch):
+@pytest.mark.parametrize("low, high", [(0.0, 1.0), (0.2, 0.7)])
+def test_plain_loss_spreads_its_masking_rates(monkeypatch, low, high):
+    """Each token counts once in the mean, whatever the rate."""
     shares, canvas = [], torch.arange(8000).expand(4, 8000) >= 2000
 
     def count(denoiser, tokens, masked):
         assert not (masked & ~canvas).any()
-        shares.append(masked.sum(1) / 6000)
-        return torch.zeros(4, 8000), None
+        shares.append((masked.sum(1) / 6000).sort().values)
+        return -masked.float(), None
 
     monkeypatch.setattr(mdmvi, "token_log_prob", count)
-    mdmvi.mdm_loss(None, torch.zeros(4, 8000), canvas, rng(0))
-    assert torch.allclose(shares[0].sort().values.diff(), torch.tensor(0.25), atol=0.03)
+    loss = mdmvi.mdm_loss(None, torch.zeros(4, 8000), canvas, rng(0), (low, high))
+    assert loss.item() == pytest.approx(1, abs=0.05)
+    part = (high - low) / 4
+    assert torch.allclose(shares[0].diff(), torch.tensor(part), atol=0.03)
+    assert low - 0.03 < shares[0][0] < low + part + 0.03
 
 
 @pytest.mark.parametrize("T", [1, 2, 3])
@@ -2061,6 +2066,19 @@ def test_what_is_trained_on_which_flags(
     assert type(models.posterior) is expected[0]
 
 
+def test_middle_steps_are_the_first_of_stage_1(trained, tmp_path, monkeypatch):
+    real, seen = mdmvi.mdm_loss, []
+
+    def record(*args):
+        seen.append(args[4])
+        return real(*args)
+
+    monkeypatch.setattr(mdmvi, "mdm_loss", record)
+    assert call(train, *flags(trained), "--middle-steps", 2, "--out", tmp_path) == 0
+    assert seen[:2] == [(0.2, 0.7)] * 2 and len(seen) > PLAIN
+    assert set(seen[2:]) == {(0.0, 1.0)}
+
+
 def test_accumulating_is_the_mean_of_the_parts(trained, monkeypatch):
     args = train.parse_args([*map(str, flags(trained)), "--accumulate", "2"])
     run, steps = train.Run(args, small_tokenizer()), []
@@ -2388,7 +2406,7 @@ def test_a_file_that_cannot_be_written_is_found_out_before_the_work(
     complaint(capsys, "cannot write")
 
 
-MAY_BE_0 = {"seed", "order_steps", "search", "problems"}  # whole numbers
+MAY_BE_0 = {"seed", "middle_steps", "order_steps", "search", "problems"}  # whole numbers
 
 
 @pytest.mark.parametrize(

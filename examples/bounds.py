@@ -23,6 +23,7 @@ from eval_gsm8k import Parser, UserError, positive, run_main, whole
 from examples.spread import canvas_place, spread_ranks
 
 RULES = (*mdmvi.CONFIDENCE_RULES, "left_to_right", "spread")  # none of them draws
+ROWS = (*RULES, "best runs")
 
 
 def choose(strategy, logits, masked, steps_left, canvas):
@@ -84,6 +85,8 @@ def main(argv=None):
     add("--checkpoint", default="out/checkpoint.pt", help="what train.py wrote")
     add("--data", help=".json/.jsonl(.gz/.xz) file, folder or hub name (default: embedded ones)")
     add("--budget", type=positive, help="steps, T (default: the budget it was trained for)")
+    names = {"choices": ROWS, "default": ROWS, "metavar": "ROW"}
+    add("--strategies", nargs="+", help="what to compare with", **names)
     add("--problems", type=positive, help="how many (default: 2000 embedded ones, or the file)")
     add("--samples", type=positive, default=4, help="paths drawn for each problem")
     add("--batch", type=positive, default=64, help="problems scored together")
@@ -109,14 +112,15 @@ def main(argv=None):
         return lambda x, on: mdmvi.uniform_elbo(denoiser, x, on, budget, args.samples, generator)
 
     def along(rule):
+        if rule == "best runs":
+            return lambda x, on: best_runs(plain, x, on, budget)
         return lambda x, on: rule_bound(plain, x, on, rule, budget)
 
     bounds = {}
     if models.policy is not None:
         bounds = {("learned", "order"): learned, ("uniform", "order"): uniform(models.denoiser)}
     bounds["uniform", "plain"] = uniform(plain)
-    bounds |= {(rule, "plain"): along(rule) for rule in RULES}
-    bounds["best runs", "plain"] = lambda x, on: best_runs(plain, x, on, budget)
+    bounds |= {(rule, "plain"): along(rule) for rule in args.strategies}
     last = "learned is ahead by" if models.policy else ""
     lines, ours = [("order", "model", "nats a token", last)], None
     for (order, model), bound in bounds.items():

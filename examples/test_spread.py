@@ -85,7 +85,7 @@ def test_what_x_0_is_moves_a_token():
     step = [0, 2, 1, 3, 0, 2, 1, 3]
     for row in range(4):
         for place, i in enumerate(canvas[row].nonzero().squeeze(1).tolist()):
-            expected = 1 / (1 + math.exp(-scores[row, i])) - step[place]
+            expected = 1 / (1 + math.exp(-scores[row, i].item())) - step[place]
             assert log_alpha[row, i].item() == pytest.approx(expected, abs=1e-5)
 
 
@@ -126,7 +126,7 @@ def test_the_policy_starts_from_the_timetable():
 
 
 def test_where_a_part_is_not_done_its_rest_comes_next():
-    """Seven of eight are left: ranks 1 .. 7 stand for places 0 1 2 3 4 5 6, of which 0, 4 are due."""
+    """Seven of eight are left: their ranks stand for places 0 .. 6, of which 0 and 4 are due."""
     _, policy, posterior = networks()
     masked = torch.arange(10)[None] < 7
     pi = policy(torch.randn(1, 10, 16), masked).sigmoid()

@@ -42,8 +42,7 @@ import eval_gsm8k
 import mdmvi
 import sample
 import train
-from examples import arithmetic
-from examples.spread import SpreadPosterior
+from examples import arithmetic, spread
 
 torch.set_num_threads(1)
 
@@ -605,8 +604,8 @@ def test_draw_step():
 def test_losses_and_gradients_are_finite_at_the_extremes(order_loss):
     """Scores all alike, or far apart; a policy that is sure; steps with nothing left."""
     toy = Toy()
-    for spread, sure in itertools.product((0.0, 100.0), (0.0, 80.0, -80.0)):
-        log_alpha = (-1 - spread * torch.arange(4.0).expand(2, 4)).requires_grad_()
+    for apart, sure in itertools.product((0.0, 100.0), (0.0, 80.0, -80.0)):
+        log_alpha = (-1 - apart * torch.arange(4.0).expand(2, 4)).requires_grad_()
         policy = functools.partial(lambda sure, hidden, masked: toy.policy(hidden) + sure, sure)
         posterior = functools.partial(lambda x, *_: x, log_alpha)
         loss, kl = order_loss(toy, policy, posterior, X0, CANVAS, 5, 0.1, 4, rng(0))
@@ -2043,7 +2042,7 @@ LOSS_NAMES = ("mdm_loss", "cut_loss", "importance_order_loss", "order_loss")
         ("--search 0", [6] * 5, [], [2] * 5, []),
         ("--estimator uniform", [4] * 13, [32] * 3, [], [2] * 5),
         ("--estimator uniform --orders free --search 0", [4] * 5, [], [], [2] * 5),
-        ("--orders spread", [6] * 11, [], [2] * 5, []),
+        ("--orders spread", [6] * 8, [], [2] * 5, []),
         ("--orders spread --search 0", [6] * 5, [], [2] * 5, []),
         ("--accumulate 2", [3] * 22, [32] * 3, [1] * 10, []),
         ("--order-steps 1", [6] * 7, [32] * 3, [2], []),
@@ -2053,17 +2052,36 @@ def test_what_is_trained_on_which_flags(
     trained, tmp_path, monkeypatch, more, baseline, known, importance, uniform
 ):
     """Problems or sequences a call. The baseline is paid for all passes of stage 2, the search (24
-    passes for each of 4 problems here, a third of a training pass each) too."""
-    monkeypatch.setattr(train, "SWAPS", 24)
+    or 12 passes for each of 4 problems here, a third of a training pass each) too."""
+    monkeypatch.setattr(train, "SWAPS", 12)
     sizes = record(monkeypatch, *LOSS_NAMES)
     assert call(train, *flags(trained), *more.split(), "--out", tmp_path) == 0
     stage_1 = [2] * 12 if "accumulate" in more else [4] * 6
     assert sizes["mdm_loss"] == stage_1 + baseline
     assert [sizes[name] for name in LOSS_NAMES[1:]] == [known, importance, uniform]
     models = eval_gsm8k.load_checkpoint(tmp_path / "checkpoint.pt")[2]
-    kinds = {"free": mdmvi.OrderPosterior, "spread": SpreadPosterior}
+    kinds = {"free": mdmvi.OrderPosterior, "spread": spread.SpreadPosterior}
     expected = [kind for name, kind in kinds.items() if name in more] or [mdmvi.RunPosterior]
     assert type(models.posterior) is expected[0]
+
+
+def test_posterior_and_policy_start_from_the_timetable_found(trained, monkeypatch):
+    args = train.parse_args([*map(str, flags(trained)), "--orders", "spread", "--search", "5"])
+    run = train.Run(args, small_tokenizer())
+    run.begin_orders()
+    start = run.posterior.timetable.clone()
+
+    def search(denoiser, tokens, canvas, timetable, tries, generator):
+        assert denoiser is run.denoiser and tokens.shape == canvas.shape == (5, 20)
+        assert torch.equal(timetable, start) and tries == 400 and generator is run.generator
+        return start.flip(0)
+
+    monkeypatch.setattr(spread, "search_timetable", search)
+    train.search_orders(run, (torch.zeros(9, 20), torch.ones(9, 20).bool()))
+    assert torch.equal(run.posterior.timetable, start.flip(0))
+    assert not torch.equal(start, start.flip(0))
+    expected = spread.SpreadPolicy(run.config, start.flip(0))
+    assert torch.equal(run.policy.logit, expected.logit)
 
 
 def test_middle_steps_are_the_first_of_stage_1(trained, tmp_path, monkeypatch):

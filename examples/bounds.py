@@ -7,7 +7,8 @@ uniform ones, fixed rules, and the best that an order of runs could have.
 
 A rule that looks at x_s alone has one path to each x_0, so its bound is the log-probability of the
 tokens along that path. "spread" is the timetable that the orders of examples/spread.py start from:
-places far from each other, in equal parts. "best runs" is no bound but a ceiling: each solution is
+places far from each other, in equal parts; "searched" is the one that a search has made of it, on
+the plain model. "best runs" is no bound but a ceiling: each solution is
 known and cut where its probability is highest, and the order costs no KL. An order of runs from the
 left has no more with this denoiser. Intervals: 95%, bootstrap over problems; the last column is of
 the differences on the same problems.
@@ -20,18 +21,10 @@ from tqdm import tqdm
 import eval_gsm8k
 import mdmvi
 from eval_gsm8k import Parser, UserError, positive, run_main, whole
-from examples.spread import canvas_place, spread_ranks
+from examples.spread import canvas_place, equal_parts
 
-RULES = (*mdmvi.CONFIDENCE_RULES, "left_to_right", "spread")  # none of them draws
-ROWS = (*RULES, "best runs")
-
-
-def choose(strategy, logits, masked, steps_left, canvas):
-    """`mdmvi.choose_by_rule`, and "spread", whose places count from the start of the canvas."""
-    if strategy != "spread":
-        return mdmvi.choose_by_rule(strategy, logits, masked, steps_left)
-    rank = spread_ranks(int(canvas.sum(1).max())).to(masked.device)[canvas_place(canvas)]
-    return mdmvi.top_k(-rank.float(), masked, (masked.sum(1) + steps_left - 1) // steps_left)
+RULES = (*mdmvi.CONFIDENCE_RULES, "left_to_right")  # none of them draws
+ROWS = (*RULES, "spread", "best runs")
 
 
 @torch.no_grad()
@@ -44,11 +37,21 @@ def rule_bound(denoiser, tokens, canvas, strategy, budget):
         if s == budget - 1:
             reveal = masked
         else:
-            reveal = choose(strategy, logits, masked, budget - s, canvas)
+            reveal = mdmvi.choose_by_rule(strategy, logits, masked, budget - s)
         log_p = -F.cross_entropy(logits, tokens[masked], reduction="none")
         spread = masked.to(log_p.dtype).masked_scatter(masked, log_p)
         total += (spread * reveal).sum(1)
         masked = masked & ~reveal
+    return total
+
+
+@torch.no_grad()
+def timetable_bound(denoiser, tokens, canvas, timetable):
+    """log p of x_0 along a timetable, nats [B]; timetable int64 [L] has the step of each place."""
+    step, total = timetable[canvas_place(canvas)], torch.zeros(len(tokens), device=tokens.device)
+    for s in range(int(timetable.max()) + 1):
+        log_p, _ = mdmvi.token_log_prob(denoiser, tokens, canvas & (step >= s))
+        total += (log_p * (step == s)).sum(1)
     return total
 
 
@@ -114,13 +117,21 @@ def main(argv=None):
     def along(rule):
         if rule == "best runs":
             return lambda x, on: best_runs(plain, x, on, budget)
+        if rule == "spread":
+            timetable = equal_parts(int(canvas.sum(1).max()), budget).to(args.device)
+            return lambda x, on: timetable_bound(plain, x, on, timetable)
         return lambda x, on: rule_bound(plain, x, on, rule, budget)
+
+    def searched(x, on):
+        return timetable_bound(plain, x, on, models.posterior.timetable)
 
     bounds = {}
     if models.policy is not None:
         bounds = {("learned", "order"): learned, ("uniform", "order"): uniform(models.denoiser)}
     bounds["uniform", "plain"] = uniform(plain)
     bounds |= {(rule, "plain"): along(rule) for rule in args.strategies}
+    if hasattr(models.posterior, "timetable"):
+        bounds["searched", "plain"] = searched
     last = "learned is ahead by" if models.policy else ""
     lines, ours = [("order", "model", "nats a token", last)], None
     for (order, model), bound in bounds.items():

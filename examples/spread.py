@@ -17,13 +17,15 @@ import mdmvi
 SURE = 9.0  # the logit of what the timetable says
 
 
-def spread_ranks(length):
-    """The rank of each place if they are spread out: its bits in reverse, int64 [length].
+def equal_parts(length, budget):
+    """The step of each place, int64 [length], in `budget` parts of (nearly) equal size.
 
-    Ranks have gaps where `length` is no power of two.
+    The rank of a place is its bits in reverse; places beyond a power of two leave gaps.
     """
     place, bits = torch.arange(length), range((length - 1).bit_length())
-    return sum(((place >> b & 1) << (len(bits) - 1 - b) for b in bits), torch.zeros_like(place))
+    reverse = ((place >> b & 1) << (len(bits) - 1 - b) for b in bits)
+    rank = sum(reverse, torch.zeros_like(place)).argsort().argsort()
+    return rank * min(budget, length) // length  # no part is empty
 
 
 def canvas_place(canvas):
@@ -45,8 +47,7 @@ class SpreadPosterior(mdmvi.OrderPosterior):
         super().__init__(config)
         nn.init.zeros_(self.score.weight)
         nn.init.constant_(self.score.bias, -3.0)
-        rank = spread_ranks(config.canvas_len or config.max_len).argsort().argsort()
-        self.register_buffer("timetable", rank * budget // len(rank))  # the step of each place
+        self.register_buffer("timetable", equal_parts(config.canvas_len or config.max_len, budget))
 
     def forward(self, tokens, canvas):
         move = self.scores(tokens, canvas).sigmoid()

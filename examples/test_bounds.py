@@ -8,7 +8,7 @@ import torch
 
 import eval_gsm8k
 import mdmvi
-from examples import bounds
+from examples import bounds, spread
 
 
 def tiny_denoiser():
@@ -30,12 +30,16 @@ def tiny_denoiser():
 
 
 @pytest.mark.parametrize("budget", [1, 2, 3, 4])
-@pytest.mark.parametrize("rule", bounds.RULES)
+@pytest.mark.parametrize("rule", [*bounds.RULES, "timetable"])
 def test_a_rule_has_one_path_to_each_solution(rule, budget):
     """So the probabilities of all 81 solutions along their paths sum to 1."""
     canvas = torch.tensor([[False, True, True, True, True]]).expand(81, 5)
     tokens = torch.tensor([(1, *x) for x in itertools.product(range(3), repeat=4)])
-    nats = bounds.rule_bound(tiny_denoiser(), tokens, canvas, rule, budget)
+    data = (tiny_denoiser(), tokens, canvas)
+    if rule == "timetable":
+        nats = bounds.timetable_bound(*data, torch.tensor([2, 0, 1, 3]) * budget // 4)
+    else:
+        nats = bounds.rule_bound(*data, rule, budget)
     assert nats.exp().sum().item() == pytest.approx(1.0, abs=1e-5)
     assert nats.exp().std() > 0.001
 
@@ -50,7 +54,10 @@ def test_rules_by_hand(rule, early):
         for i in places:
             nats += log_p[i, tokens[0, i]].item()
             x_s[0, i] = tokens[0, i]
-    found = bounds.rule_bound(denoiser, tokens, canvas, rule, 2)
+    if rule == "spread":
+        found = bounds.timetable_bound(denoiser, tokens, canvas, spread.equal_parts(4, 2))
+    else:
+        found = bounds.rule_bound(denoiser, tokens, canvas, rule, 2)
     assert found.item() == pytest.approx(nats, abs=1e-5)
 
 
@@ -81,16 +88,16 @@ def test_best_runs(budget):
         assert nats == pytest.approx(best, abs=1e-4)
 
 
-CHOICES = [(False, None), (True, None), (True, ["best runs", "spread"])]
+CHOICES = [(None, None), ("runs", None), ("spread", ["best runs", "spread"])]
 
 
-@pytest.mark.parametrize("has_order, chosen", CHOICES)
-def test_the_table(has_order, chosen, monkeypatch, capsys):
-    config = tiny_denoiser().config
+@pytest.mark.parametrize("orders, chosen", CHOICES)
+def test_the_table(orders, chosen, monkeypatch, capsys):
+    config, has_order = tiny_denoiser().config, orders is not None
     checkpoint = {"args": {"budget": 2, "tau": 0.1}, "config": vars(config)}
-    policy, posterior = mdmvi.RunPolicy(config), mdmvi.RunPosterior(config)
+    networks = eval_gsm8k.make_orders(orders, config, 3) if has_order else (None, None)
     plain = tiny_denoiser() if has_order else None
-    models = eval_gsm8k.Models(tiny_denoiser(), policy if has_order else None, posterior, plain)
+    models = eval_gsm8k.Models(tiny_denoiser(), *networks, plain)
     tokens, canvas = torch.tensor([[1, 2, 0, 1, 2]] * 6), torch.arange(5).expand(6, 5) > 0
     loaded = (checkpoint, eval_gsm8k.Tokenizer([]), models)
     monkeypatch.setattr(eval_gsm8k, "load_checkpoint", lambda *args: loaded)
@@ -109,7 +116,8 @@ def test_the_table(has_order, chosen, monkeypatch, capsys):
         nats.append(float(mean))
         ahead.append(more and [float(x) for x in (more, low, high)])
     learned = [("learned", "order"), ("uniform", "order")] if has_order else []
-    rules = [(rule, "plain") for rule in chosen or (*bounds.RULES, "best runs")]
+    rules = [(rule, "plain") for rule in chosen or bounds.ROWS]
+    rules += [("searched", "plain")] if orders == "spread" else []
     assert names == [*learned, ("uniform", "plain"), *rules]
     assert ("learned is ahead by" in lines[3]) == has_order
     if not has_order:

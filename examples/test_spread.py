@@ -48,10 +48,12 @@ def randomise(network):
     return network
 
 
-def test_spread_ranks():
-    assert spread.spread_ranks(8).tolist() == [0, 4, 2, 6, 1, 5, 3, 7]
-    assert spread.spread_ranks(5).tolist() == [0, 4, 2, 6, 1]
-    assert spread.spread_ranks(1).tolist() == [0]
+def test_equal_parts():
+    assert spread.equal_parts(8, 8).tolist() == [0, 4, 2, 6, 1, 5, 3, 7]
+    assert spread.equal_parts(8, 4).tolist() == [0, 2, 1, 3, 0, 2, 1, 3]
+    assert spread.equal_parts(5, 9).tolist() == [0, 3, 2, 4, 1]
+    assert spread.equal_parts(5, 2).tolist() == [0, 1, 0, 1, 0]
+    assert spread.equal_parts(1, 3).tolist() == [0]
 
 
 @pytest.mark.parametrize(
@@ -60,6 +62,7 @@ def test_spread_ranks():
         (4, 8, [{0, 4}, {2, 6}, {1, 5}, {3, 7}]),
         (2, 8, [{0, 2, 4, 6}, {1, 3, 5, 7}]),
         (3, 6, [{0, 4}, {2, 1}, {5, 3}]),  # ranks 0 4 2 6 1 5
+        (9, 3, [{0}, {2}, {1}]),
     ],
 )
 def test_it_starts_as_a_timetable_of_equal_parts(budget, canvas_len, parts):

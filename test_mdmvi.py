@@ -2053,7 +2053,7 @@ def test_what_is_trained_on_which_flags(
 ):
     """Problems or sequences a call. The baseline is paid for all passes of stage 2, the search (24
     or 12 passes for each of 4 problems here, a third of a training pass each) too."""
-    monkeypatch.setattr(train, "SWAPS", 12)
+    monkeypatch.setattr(train, "TIMETABLE_PASSES", 12)
     sizes = record(monkeypatch, *LOSS_NAMES)
     assert call(train, *flags(trained), *more.split(), "--out", tmp_path) == 0
     stage_1 = [2] * 12 if "accumulate" in more else [4] * 6
@@ -2071,9 +2071,9 @@ def test_posterior_and_policy_start_from_the_timetable_found(trained, monkeypatc
     run.begin_orders()
     start = run.posterior.timetable.clone()
 
-    def search(denoiser, tokens, canvas, timetable, tries, generator):
+    def search(denoiser, tokens, canvas, timetable, passes, generator):
         assert denoiser is run.denoiser and tokens.shape == canvas.shape == (5, 20)
-        assert torch.equal(timetable, start) and tries == 400 and generator is run.generator
+        assert torch.equal(timetable, start) and passes == 400 and generator is run.generator
         return start.flip(0)
 
     monkeypatch.setattr(spread, "search_timetable", search)

@@ -41,9 +41,9 @@ SIZES = {
     "170m": (18, 12, 768, 3072),
 }
 STAGES = ("plain", "baseline", "order", "done")
-MIDDLE = (0.2, 0.7)  # mask rates: below, a sum is mostly copied, above, its numbers are hidden
+MIDDLE = (0.2, 0.7)  # mask rates: below, a sum can be copied; above, its numbers are hidden
 SEARCH_STEPS, SEARCH_BATCH = 200, 32  # the posterior's training on the runs that were searched
-SWAPS = 400  # tries in the search for a timetable
+TIMETABLE_PASSES = 400  # of the search for a timetable, on each of its problems
 SAVE_COST = 0.02  # the share of the time that saving may take
 FREE = {"out", "resume", "start", "device", "compile", "problems"}  # may differ when a run goes on
 STAGE_1 = ("answers", "size", "init", "max_len", "canvas_len")  # may not differ from --start's run
@@ -64,7 +64,7 @@ class Args:
     max_len: positive = 59  # tokens in prompt and canvas together (256 for GSM8K)
     canvas_len: positive = 27  # tokens in the canvas (96 for GSM8K)
     steps: positive = 5000  # stage 1: plain steps
-    middle_steps: whole = 0  # stage 1: so many first steps have no mask rates but 0.2 to 0.7
+    middle_steps: whole = 0  # stage 1: so many first steps have mask rates from 0.2 to 0.7 only
     batch: positive = 32  # stage 1: sequences a step
     lr: amount = 2e-3  # stage 1: peak learning rate
     order_steps: whole = 500  # stage 2: steps; the baseline sees as many sequences; 0: stage 1 only
@@ -72,7 +72,7 @@ class Args:
     paths: positive = 3  # stage 2: paths a problem, K
     order_lr: amount = 1e-3  # stage 2, baseline: peak rate of the denoiser; 0 leaves it frozen
     head_lr: amount = 3e-3  # stage 2: peak rate of the policy and the search; posterior: a tenth
-    search: whole = 512  # stage 2: problems it finds the first orders with; 0: none
+    search: whole = 512  # stage 2: problems on which the first orders are searched; 0: none
     budget: positive = 5  # stage 2: steps of generation, T
     tau: amount = 0.1  # stage 2: temperature of the posterior
     orders: Literal["runs", "spread", "free"] = "runs"  # stage 2: kind of order; free: the paper's
@@ -105,6 +105,8 @@ def parse_args(argv=None):
         raise UserError(f"--accumulate {args.accumulate} must divide --batch and --order-batch")
     if args.orders == "free" and args.search:
         raise UserError("--orders free cannot start from what is searched: give --search 0")
+    if args.middle_steps > args.steps:
+        raise UserError(f"--middle-steps {args.middle_steps} is above --steps {args.steps}")
     if args.canvas_len >= args.max_len:
         raise UserError(
             f"--canvas-len {args.canvas_len} leaves no prompt in --max-len {args.max_len}"
@@ -174,7 +176,7 @@ class Run:
         """Go on from a checkpoint. Raises UserError where the flags `same` or its text differ."""
         state, tokenizer, models = eval_gsm8k.load_checkpoint(path, self.device)
         for name in same:
-            here, there = getattr(self.args, name), state["args"].get(name)
+            here, there = getattr(self.args, name), state["args"].get(name, getattr(Args, name))
             if there != here:
                 flag = "--" + name.replace("_", "-")
                 raise UserError(f"{path} has {flag} {there}, not {here}: give its or another --out")
@@ -233,8 +235,8 @@ def stage_groups(run, stage):
     if stage == "baseline":
         # As many passes as stage 2 takes, those of its search too: one without gradient is a third
         n = args.order_batch * (args.paths + (args.estimator == "importance"))
-        passes = args.canvas_len if args.orders == "runs" else SWAPS
-        searched = math.ceil(args.search * passes / 3 / n)
+        passes = args.canvas_len if args.orders == "runs" else TIMETABLE_PASSES
+        searched = math.ceil(args.search * passes / 3 / n) if args.budget > 1 else 0
         groups = mdmvi.parameter_groups(run.plain, None, None, args.order_lr)
         return groups, args.order_steps + searched, n
     run.denoiser.requires_grad_(args.order_lr > 0)
@@ -354,11 +356,13 @@ def search_orders(run, data):
     if args.orders == "runs":
         search_cuts(run, tokens, canvas)
         return
-    start = (run.posterior.timetable, SWAPS, run.generator)
+    start = run.posterior.timetable
     with autocast(run.device):
-        timetable = spread.search_timetable(run.denoiser, tokens, canvas, *start)
+        timetable = spread.search_timetable(
+            run.denoiser, tokens, canvas, start, TIMETABLE_PASSES, run.generator
+        )
     run.posterior.timetable.copy_(timetable)
-    run.policy.start_from(timetable)
+    run.policy.follow(timetable)
 
 
 def search_cuts(run, tokens, canvas):

@@ -1,11 +1,11 @@
-"""Orders for text where each token is needed to tell the next: what is far apart, together.
+"""Orders for text where each token is needed to tell the next: a step reveals places far apart.
 
     python train.py --orders spread --data openai/gsm8k --max-len 256 --canvas-len 96
 
 The canvas has a timetable. Its places are taken in the order 0, 1/2, 1/4, 3/4, 1/8, ... of its
 length and cut into T equal parts, one for each step. A search then lets places change steps where
-some training problems gain by it. The posterior may move a token to the step before, and the policy
-starts from the timetable too, so that it has nothing to learn anew.
+some training problems gain by it. The posterior may move a token to the step before. The policy
+starts from the same timetable, so that KL is next to nothing at first.
 """
 
 import torch
@@ -34,11 +34,11 @@ def canvas_place(canvas):
 
 
 class SpreadPosterior(mdmvi.OrderPosterior):
-    """log alpha = -APART * (timetable - move), [B, N], for `budget` steps; move in (0, 1).
+    """log alpha = APART * (move - timetable), [B, N]; move in (0, 1) comes from x_0.
 
     APART is ten times tau = 0.1, so that a part of the timetable goes as one; scale it with tau.
-    A token that falls behind its part becomes the best one left, and the next step reveals little
-    else; so all start with next to no move.
+    A move only brings a token forward. Tokens that are left behind in their step fill a step of
+    their own, so all moves start near 0.
     """
 
     APART = 1.0
@@ -55,24 +55,29 @@ class SpreadPosterior(mdmvi.OrderPosterior):
 
 
 class SpreadPolicy(mdmvi.PlacePolicy):
-    """A `PlacePolicy` that starts from a timetable: a logit for each rank and number of places."""
+    """A `PlacePolicy` that starts from a timetable, for canvases of as many places.
+
+    The timetable's part of the logit is a table by number of masked places and rank among them.
+    """
 
     def __init__(self, config, timetable):
         super().__init__(config)
         nn.init.zeros_(self.outer.weight)
-        self.logit = nn.Parameter(torch.zeros(config.max_len + 1, config.max_len + 1))
-        self.start_from(timetable)
+        nn.init.zeros_(self.outer.bias)
+        self.register_buffer("logit", torch.zeros(config.max_len + 1, config.max_len + 1))
+        self.follow(timetable)
 
-    @torch.no_grad()
-    def start_from(self, timetable):
-        """timetable int64 [L]: the step of each place. Where a step was done in part, the places
-        that are left are taken for evenly spread over those it begins with."""
+    def follow(self, timetable):
+        """timetable int64 [L]: the step of each place.
+
+        Within a step it is not known which places are left: they are taken as evenly spread over
+        those that were left when the step began.
+        """
         for s in range(int(timetable.max()) + 1):
             due = timetable[timetable >= s] == s
             for n in range(len(due) - int(due.sum()) + 1, len(due) + 1):
                 now = due[torch.arange(n, device=due.device) * len(due) // n]
                 self.logit[n, 1 : n + 1] = torch.where(now, SURE, -SURE)
-        return self
 
     def forward(self, hidden, masked):
         rank = masked.cumsum(1)
@@ -80,13 +85,16 @@ class SpreadPolicy(mdmvi.PlacePolicy):
 
 
 @torch.no_grad()
-def search_timetable(denoiser, tokens, canvas, timetable, tries, generator=None):
-    """A timetable in which some given solutions are more probable, int64 [L], by trial.
+def search_timetable(denoiser, tokens, canvas, timetable, passes, generator=None):
+    """A timetable of at least two steps in which some given solutions are more probable, int64 [L].
 
-    Two places of neighbouring steps change places, and stay so where the mean log p_theta of the
-    solutions rises. What a step reveals is all that its log p depends on, so a try takes one pass:
-    the state before the later step. Every canvas has L places.
+    Two places of neighbouring steps swap, and stay so where the mean log p_theta of the solutions
+    rises. That changes what is masked at the later step alone. So of `passes` denoiser passes on
+    each solution, one for each step comes first, and each of the others is a try. Raises ValueError
+    where a canvas has not L places.
     """
+    if (canvas.sum(1) != len(timetable)).any():
+        raise ValueError(f"each canvas must have {len(timetable)} places, as the timetable has")
     timetable, place = timetable.clone(), canvas_place(canvas)
 
     def log_prob(s):
@@ -103,7 +111,7 @@ def search_timetable(denoiser, tokens, canvas, timetable, tries, generator=None)
 
     log_p = torch.stack([log_prob(s) for s in range(int(timetable.max()) + 1)])
     value = log_p.gather(0, timetable[None]).sum()
-    with tqdm(range(tries), "timetable", unit="try", mininterval=1.0) as bar:
+    with tqdm(range(passes - len(log_p)), "timetable", unit="try", mininterval=1.0) as bar:
         for _ in bar:
             s = int(torch.randint(len(log_p) - 1, (), device=place.device, generator=generator))
             pair, before = torch.stack((one_of(s), one_of(s + 1))), log_p[s + 1].clone()

@@ -306,7 +306,7 @@ def mdm_loss(denoiser, tokens, canvas, generator=None, rates=(0.0, 1.0)):
 
     t ~ U(low, high] of `rates`, low discrepancy over the batch; each canvas token is masked with
     probability t; the cross-entropy of the masked ones is summed and divided by t and by the canvas
-    length.
+    length. With other rates than (0, 1) it is no bound (ours).
     """
     low, high = rates
     t = high - (high - low) * stratified_uniform(len(tokens), tokens.device, generator)

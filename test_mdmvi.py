@@ -1968,17 +1968,24 @@ def test_another_budget_starts_from_stage_1(trained, tmp_path):
         assert torch.equal(*words) == (orders == "spread")  # copied, and frozen
 
 
-def test_a_stop_in_the_search_after_start_can_be_resumed(trained, tmp_path, monkeypatch):
-    start = [*flags(trained), "--start", trained / "out" / "plain.pt"]
+@pytest.mark.parametrize(
+    "orders, module, search",
+    [("runs", mdmvi, "run_log_prob"), ("spread", spread, "search_timetable")],
+)
+def test_a_stop_in_the_search_after_start_can_be_resumed(
+    trained, tmp_path, monkeypatch, orders, module, search
+):
+    same = [*flags(trained), "--orders", orders]
+    start = [*same, "--start", trained / "out" / "plain.pt"]
     assert call(train, *start, "--out", tmp_path / "whole") == 0
 
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(mdmvi, "run_log_prob", interrupted)
+        patch.setattr(module, search, interrupted)
         assert call(train, *start, "--out", tmp_path / "cut") == 130
-    assert call(train, *flags(trained), "--resume", "--out", tmp_path / "cut") == 0
+    assert call(train, *same, "--resume", "--out", tmp_path / "cut") == 0
     assert alike(tmp_path / "whole" / "checkpoint.pt", tmp_path / "cut" / "checkpoint.pt")
 
 
@@ -2040,6 +2047,7 @@ LOSS_NAMES = ("mdm_loss", "cut_loss", "importance_order_loss", "order_loss")
     [
         ("", [6] * 11, [32] * 3, [2] * 5, []),
         ("--search 0", [6] * 5, [], [2] * 5, []),
+        ("--budget 1", [6] * 5, [], [2] * 5, []),
         ("--estimator uniform", [4] * 13, [32] * 3, [], [2] * 5),
         ("--estimator uniform --orders free --search 0", [4] * 5, [], [], [2] * 5),
         ("--orders spread", [6] * 8, [], [2] * 5, []),
@@ -2054,11 +2062,16 @@ def test_what_is_trained_on_which_flags(
     """Problems or sequences a call. The baseline is paid for all passes of stage 2, the search (24
     or 12 passes for each of 4 problems here, a third of a training pass each) too."""
     monkeypatch.setattr(train, "TIMETABLE_PASSES", 12)
+    real, searched = spread.search_timetable, []
+    monkeypatch.setattr(
+        spread, "search_timetable", lambda *args: searched.append(args) or real(*args)
+    )
     sizes = record(monkeypatch, *LOSS_NAMES)
     assert call(train, *flags(trained), *more.split(), "--out", tmp_path) == 0
     stage_1 = [2] * 12 if "accumulate" in more else [4] * 6
     assert sizes["mdm_loss"] == stage_1 + baseline
     assert [sizes[name] for name in LOSS_NAMES[1:]] == [known, importance, uniform]
+    assert len(searched) == (more == "--orders spread")
     models = eval_gsm8k.load_checkpoint(tmp_path / "checkpoint.pt")[2]
     kinds = {"free": mdmvi.OrderPosterior, "spread": spread.SpreadPosterior}
     expected = [kind for name, kind in kinds.items() if name in more] or [mdmvi.RunPosterior]
@@ -2307,6 +2320,7 @@ BAD = [
     (train, "--tau 0", "--tau must be above 0"),
     (train, "--end-lr 1.01", "--end-lr .*at most 1"),
     (train, "--orders free", "--orders free cannot start from .*: give --search 0"),
+    (train, "--steps 5 --middle-steps 6", "--middle-steps 6 is above --steps 5"),
     (train, "--init x", "--init needs --size 170m"),
     (train, "--data few.jsonl --out new", "few.jsonl has 9 problems: at least 10"),
     (train, f"{TRAIN} new --max-len 8 --canvas-len 4", "no problem fits: raise"),

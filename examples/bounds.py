@@ -6,12 +6,11 @@ uniform ones, fixed rules, and the best that an order of runs could have.
     python -m examples.bounds --checkpoint out/plain.pt      # before stage 2: can an order win?
 
 A rule that looks at x_s alone has one path to each x_0, so its bound is the log-probability of the
-tokens along that path. "spread" is the timetable that the orders of examples/spread.py start from:
-places far from each other, in equal parts; "searched" is the one that a search has made of it, on
-the plain model. "best runs" is no bound but a ceiling: each solution is
-known and cut where its probability is highest, and the order costs no KL. An order of runs from the
-left has no more with this denoiser. Intervals: 95%, bootstrap over problems; the last column is of
-the differences on the same problems.
+tokens along that path. "spread" is the timetable of examples/spread.py before the search;
+"searched" is the one after it, for such orders only, both on the plain model. "best runs" is no bound but a
+ceiling: each solution is known and cut where its probability is highest, and the order costs no KL.
+An order of runs from the left has no more with this denoiser. Intervals: 95%, bootstrap over
+problems; the last column is of the differences on the same problems.
 """
 
 import torch
@@ -89,7 +88,7 @@ def main(argv=None):
     add("--data", help=".json/.jsonl(.gz/.xz) file, folder or hub name (default: embedded ones)")
     add("--budget", type=positive, help="steps, T (default: the budget it was trained for)")
     names = {"choices": ROWS, "default": ROWS, "metavar": "ROW"}
-    add("--strategies", nargs="+", help="what to compare with", **names)
+    add("--strategies", nargs="+", help="rows beside learned and uniform orders", **names)
     add("--problems", type=positive, help="how many (default: 2000 embedded ones, or the file)")
     add("--samples", type=positive, default=4, help="paths drawn for each problem")
     add("--batch", type=positive, default=64, help="problems scored together")
@@ -103,7 +102,8 @@ def main(argv=None):
     if not any(fits):
         raise UserError("no problem fits this model's context: give others, or train a longer one")
     tokens, canvas = tokens[fits].long().to(args.device), canvas[fits].to(args.device)
-    budget, tau = args.budget or checkpoint["args"]["budget"], checkpoint["args"]["tau"]
+    trained = checkpoint["args"]
+    budget, tau = args.budget or trained["budget"], trained["tau"]
     generator = torch.Generator(args.device).manual_seed(args.seed)
     plain = models.plain or models.denoiser
 
@@ -130,7 +130,7 @@ def main(argv=None):
         bounds = {("learned", "order"): learned, ("uniform", "order"): uniform(models.denoiser)}
     bounds["uniform", "plain"] = uniform(plain)
     bounds |= {(rule, "plain"): along(rule) for rule in args.strategies}
-    if hasattr(models.posterior, "timetable"):
+    if models.policy and trained["orders"] == "spread" and budget == trained["budget"]:
         bounds["searched", "plain"] = searched
     last = "learned is ahead by" if models.policy else ""
     lines, ours = [("order", "model", "nats a token", last)], None

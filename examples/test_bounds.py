@@ -94,9 +94,12 @@ CHOICES = [(None, None), ("runs", None), ("spread", ["best runs", "spread"])]
 @pytest.mark.parametrize("orders, chosen", CHOICES)
 def test_the_table(orders, chosen, monkeypatch, capsys):
     config, has_order = tiny_denoiser().config, orders is not None
-    checkpoint = {"args": {"budget": 2, "tau": 0.1}, "config": vars(config)}
+    args = {"budget": 3, "tau": 0.1, "orders": orders}
+    checkpoint = {"args": args, "config": vars(config)}
     networks = eval_gsm8k.make_orders(orders, config, 3) if has_order else (None, None)
     plain = tiny_denoiser() if has_order else None
+    if orders == "spread":
+        networks[1].timetable.copy_(torch.tensor([2, 2, 1, 0, 1]))
     models = eval_gsm8k.Models(tiny_denoiser(), *networks, plain)
     tokens, canvas = torch.tensor([[1, 2, 0, 1, 2]] * 6), torch.arange(5).expand(6, 5) > 0
     loaded = (checkpoint, eval_gsm8k.Tokenizer([]), models)
@@ -119,6 +122,14 @@ def test_the_table(orders, chosen, monkeypatch, capsys):
     rules = [(rule, "plain") for rule in chosen or bounds.ROWS]
     rules += [("searched", "plain")] if orders == "spread" else []
     assert names == [*learned, ("uniform", "plain"), *rules]
+    if orders == "spread":
+        for name, timetable in (("spread", [0, 1, 0, 2]), ("searched", [2, 2, 1, 0])):
+            exact = bounds.timetable_bound(plain, tokens, canvas, torch.tensor(timetable)).mean()
+            found = nats[names.index((name, "plain"))]
+            assert found == pytest.approx(exact.item() / 4, abs=1e-4)
+        more = ["--strategies", "spread", "--budget", "2"]
+        bounds.main(more)  # its timetable has other steps
+        assert "searched" not in capsys.readouterr().out
     assert ("learned is ahead by" in lines[3]) == has_order
     if not has_order:
         assert not any(ahead)

@@ -98,6 +98,8 @@ def test_the_table(orders, chosen, monkeypatch, capsys):
     checkpoint = {"args": args, "config": vars(config)}
     networks = eval_gsm8k.make_orders(orders, config, 3) if has_order else (None, None)
     plain = tiny_denoiser() if has_order else None
+    if has_order:
+        torch.nn.init.normal_(plain.lm_head.weight)
     if orders == "spread":
         networks[1].timetable.copy_(torch.tensor([2, 2, 1, 0, 1]))
     models = eval_gsm8k.Models(tiny_denoiser(), *networks, plain)

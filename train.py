@@ -176,7 +176,7 @@ class Run:
         """Go on from a checkpoint. Raises UserError where the flags `same` or its text differ."""
         state, tokenizer, models = eval_gsm8k.load_checkpoint(path, self.device)
         for name in same:
-            here, there = getattr(self.args, name), state["args"].get(name, getattr(Args, name))
+            here, there = getattr(self.args, name), state["args"].get(name)
             if there != here:
                 flag = "--" + name.replace("_", "-")
                 raise UserError(f"{path} has {flag} {there}, not {here}: give its or another --out")

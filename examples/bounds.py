@@ -114,24 +114,24 @@ def main(argv=None):
     def uniform(denoiser):
         return lambda x, on: mdmvi.uniform_elbo(denoiser, x, on, budget, args.samples, generator)
 
+    timetables = {"spread": equal_parts(int(canvas.sum(1).max()), budget).to(args.device)}
+    rows = list(args.strategies)
+    if models.policy and trained["orders"] == "spread" and budget == trained["budget"]:
+        timetables["searched"] = models.posterior.timetable
+        rows.append("searched")
+
     def along(rule):
         if rule == "best runs":
             return lambda x, on: best_runs(plain, x, on, budget)
-        if rule == "spread":
-            timetable = equal_parts(int(canvas.sum(1).max()), budget).to(args.device)
-            return lambda x, on: timetable_bound(plain, x, on, timetable)
+        if rule in timetables:
+            return lambda x, on: timetable_bound(plain, x, on, timetables[rule])
         return lambda x, on: rule_bound(plain, x, on, rule, budget)
-
-    def searched(x, on):
-        return timetable_bound(plain, x, on, models.posterior.timetable)
 
     bounds = {}
     if models.policy is not None:
         bounds = {("learned", "order"): learned, ("uniform", "order"): uniform(models.denoiser)}
     bounds["uniform", "plain"] = uniform(plain)
-    bounds |= {(rule, "plain"): along(rule) for rule in args.strategies}
-    if models.policy and trained["orders"] == "spread" and budget == trained["budget"]:
-        bounds["searched", "plain"] = searched
+    bounds |= {(rule, "plain"): along(rule) for rule in rows}
     last = "learned is ahead by" if models.policy else ""
     lines, ours = [("order", "model", "nats a token", last)], None
     for (order, model), bound in bounds.items():

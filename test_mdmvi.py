@@ -43,6 +43,7 @@ import mdmvi
 import sample
 import train
 from examples import arithmetic, spread
+from examples.muon import make_optimizers
 
 torch.set_num_threads(1)
 
@@ -1116,6 +1117,51 @@ def test_a_pass_on_a_gpu_is_one_graph():
     compiled = torch.compile(mdmvi.token_log_prob, backend="eager", fullgraph=True)
     assert compiled(model, tokens.to("meta"), canvas.to("meta"))[0].is_meta
     torch._dynamo.reset()
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
+
+
+@needs_gpu
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("loss_of", LOSSES)
+def test_a_step_on_cuda_never_waits(loss_of, optimizer):
+    models = [model.cuda() for model in tiny_models(canvas_len=5)]
+    tokens, canvas = (x.cuda() for x in some_problems())
+    optimizers = make_optimizers(mdmvi.parameter_groups(*models), optimizer)
+
+    def step():
+        with train.autocast(tokens.device):
+            loss = loss_of(*models, tokens, canvas)
+        loss.backward()
+        mdmvi.update(optimizers, step=5, steps=10)
+
+    step()  # makes the state of the optimisers
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_gpu
+def test_cuda_gives_what_the_cpu_gives():
+    models, (tokens, canvas) = tiny_models(canvas_len=5), some_problems(64)
+    masked = canvas & (torch.rand(tokens.shape, generator=rng(0)) < 0.6)
+    last, results = torch.arange(len(tokens)) % 2 == 0, []
+    for device in ("cpu", "cuda"):
+        denoiser, policy, posterior = (model.to(device) for model in models)
+        data = [x.to(device) for x in (tokens, canvas, masked, last)]
+        log_rho = mdmvi.reveal_log_prob(posterior(*data[:2]), data[2], TAU)
+        f = mdmvi.step_bound(denoiser, policy, data[0], data[2], log_rho, data[3])
+        outs = [mdmvi.generate(denoiser, *data[:2], rule, 3) for rule in RULES]
+        results.append([x.detach().cpu() for x in (*f, *(y for out in outs for y in out))])
+        for strategy, eos_aware in ALL:
+            more = policy, 1.0, rng(0) if device == "cpu" else None, eos_aware
+            out = mdmvi.generate(denoiser, *data[:2], strategy, 3, *more)
+            assert (out.tokens < 5).all() and torch.equal(out.reveal_step >= 0, data[1])
+    for on_cpu, on_cuda in zip(*results):
+        assert torch.allclose(on_cpu, on_cuda, rtol=1e-4, atol=1e-4)
 
 
 def echoes(n):

@@ -57,6 +57,7 @@ def parse_args(argv=None):
     add("--canvas-len", type=positive, help="tokens of it in the canvas (27)")
     add("--vocab", type=positive, help="tokens in the vocabulary (321)")
     add("--budget", type=positive, default=5, help="steps of generation")
+    add("--accumulate", type=positive, help="micro-batches of a step (1; --paper: 8)")
     add("--device", default="cuda" if gpu else "cpu", help="cpu, cuda, cuda:1, ...")
     add("--compile", action=BooleanOptionalAction, default=gpu, help="torch.compile the passes")
     add("--repeats", type=positive, default=5, help="the fastest of so many is printed")
@@ -70,26 +71,30 @@ def parse_args(argv=None):
         raise UserError(f"--canvas-len {flags.canvas_len} must be below --max-len {flags.max_len}")
     if flags.batch % (PATHS + 1):
         raise UserError(f"--batch {flags.batch} is no multiple of {PATHS + 1}, a problem's paths")
+    problems = flags.batch // (PATHS + 1)
+    if flags.accumulate is None:
+        flags.accumulate = 8 if flags.paper and problems % 8 == 0 else 1
+    if problems % flags.accumulate:
+        raise UserError(
+            f"--accumulate {flags.accumulate} must divide {problems}, a step's problems"
+        )
     eval_gsm8k.check_device(flags.device)
     return flags
 
 
 def make_args(flags, accumulate=None):
-    """train.Args of these flags; --paper has the README's recipe, in up to 8 micro-batches."""
-    problems = flags.batch // (PATHS + 1)
-    if accumulate is None:
-        accumulate = 8 if flags.paper and problems % 8 == 0 else 1
+    """train.Args of these flags; --paper has the README's recipe."""
     return train.Args(
         size=flags.size,
         max_len=flags.max_len,
         canvas_len=flags.canvas_len,
         batch=flags.batch,
-        order_batch=problems,
+        order_batch=flags.batch // (PATHS + 1),
         paths=PATHS,
         budget=flags.budget,
         orders="spread" if flags.paper else "runs",
         optimizer="adamw" if flags.paper else "muon",
-        accumulate=accumulate,
+        accumulate=accumulate or flags.accumulate,
         device=flags.device,
         compile=flags.compile,
     )
@@ -203,8 +208,7 @@ def print_stages(run, flags, data):
         ratio = f"{seconds / best['plain']:.2f}"
         rows.append((f"{stage} step", f"{1e3 * seconds:.1f}", rate, ratio, peak))
     print(eval_gsm8k.aligned(rows))
-    places = flags.canvas_len if device.type == "cuda" else flags.canvas_len / 2
-    rate = flags.batch * flops_of(run.config, places) / best["plain"]
+    rate = flags.batch * flops_of(run.config, flags.canvas_len / 2) / best["plain"]
     peak = next((peak for part, peak in PEAKS.items() if part in describe(device)), None)
     share = optimizer_share(run, steps["plain"])
     line = f"plain step: {rate / 1e12:.3f} TFLOP/s" + (f", MFU {rate / peak:.1%}" if peak else "")

@@ -35,7 +35,9 @@ def test_paper_is_one_flag_and_others_change_it():
     assert (args.batch, args.order_batch, args.accumulate) == (8, 2, 1)
 
 
-@pytest.mark.parametrize("more", [["--batch", "10"], ["--canvas-len", "24"], ["--device", "no"]])
+@pytest.mark.parametrize(
+    "more", [["--batch", "10"], ["--canvas-len", "24"], ["--device", "no"], ["--accumulate", "3"]]
+)
 def test_what_cannot_be_is_one_line(more):
     with pytest.raises(UserError):
         benchmark.parse_args(SMALL + more)

@@ -1111,11 +1111,19 @@ def test_compiled_loss_is_the_eager_one(backend):
         assert torch.allclose(eager, other, rtol=1e-4, atol=1e-4)
 
 
-def test_a_pass_on_a_gpu_is_one_graph():
+@pytest.mark.parametrize("kind", ["runs", "spread", "free"])
+def test_a_pass_on_a_gpu_is_one_graph(kind):
     """fullgraph raises where the capture breaks, as it would where the host needs a value."""
-    model, (tokens, canvas) = tiny_denoiser().to("meta"), some_problems()
-    compiled = torch.compile(mdmvi.token_log_prob, backend="eager", fullgraph=True)
-    assert compiled(model, tokens.to("meta"), canvas.to("meta"))[0].is_meta
+    model, data = tiny_denoiser(canvas_len=5).to("meta"), [x.to("meta") for x in some_problems()]
+    policy, posterior = (x.to("meta") for x in eval_gsm8k.make_orders(kind, model.config, 3))
+    last, log_rho = data[1][:, 0], torch.zeros(data[1].shape, device="meta")
+    for function, args in (
+        (mdmvi.token_log_prob, (model, *data)),
+        (mdmvi.step_bound, (model, policy, *data, log_rho, last)),
+        (mdmvi.OrderPosterior.scores, (posterior, *data)),
+    ):
+        compiled = torch.compile(function, backend="eager", fullgraph=True)
+        assert tree_leaves(compiled(*args))[0].is_meta
     torch._dynamo.reset()
 
 
@@ -1128,7 +1136,9 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is n
 def test_a_step_on_cuda_never_waits(loss_of, optimizer):
     models = [model.cuda() for model in tiny_models(canvas_len=5)]
     tokens, canvas = (x.cuda() for x in some_problems())
-    optimizers = make_optimizers(mdmvi.parameter_groups(*models), optimizer)
+    used = models[:1] if loss_of is plain_loss else models
+    groups = mdmvi.parameter_groups(*used, *[None] * (3 - len(used)))
+    optimizers = make_optimizers(groups, optimizer)
 
     def step():
         with train.autocast(tokens.device):
@@ -1149,6 +1159,7 @@ def test_cuda_gives_what_the_cpu_gives():
     models, (tokens, canvas) = tiny_models(canvas_len=5), some_problems(64)
     masked = canvas & (torch.rand(tokens.shape, generator=rng(0)) < 0.6)
     last, results = torch.arange(len(tokens)) % 2 == 0, []
+    torch.set_float32_matmul_precision("highest")  # the scripts let it use TF32
     for device in ("cpu", "cuda"):
         denoiser, policy, posterior = (model.to(device) for model in models)
         data = [x.to(device) for x in (tokens, canvas, masked, last)]
@@ -1734,10 +1745,10 @@ def test_by_length():
 # train.py
 # ------------------------------------------------------------------------------------------------
 
-LAYOUT = ["--size", "tiny", "--max-len", "64", "--canvas-len", "24"]
+LAYOUT = ["--size", "tiny", "--max-len", "64", "--canvas-len", "24", "--device", "cpu"]
 PLAIN, BASELINE, ORDER = 6, 11, 5  # steps of each stage; 6 of the baseline pay for the search
 SHORT = f"--steps {PLAIN} --batch 4 --order-steps {ORDER} --order-batch 2 --paths 2"
-SHORT = [*f"{SHORT} --search 4 --problems 0".split()]
+SHORT = [*f"{SHORT} --search 4 --problems 0 --no-compile".split()]
 
 
 def call(script, *args):
@@ -2154,6 +2165,42 @@ def test_middle_steps_are_the_first_of_stage_1(trained, tmp_path, monkeypatch):
     assert call(train, *flags(trained), "--middle-steps", 2, "--out", tmp_path) == 0
     assert seen[:2] == [(0.2, 0.7)] * 2 and len(seen) > PLAIN
     assert set(seen[2:]) == {(0.0, 1.0)}
+
+
+@pytest.mark.parametrize("more", [[], ["--orders", "spread"], ["--estimator", "uniform"]])
+def test_a_compiled_run_is_the_eager_one(tmp_path, trained, monkeypatch, more):
+    real, calls = torch.compile, []
+
+    def compiled(function, dynamic):
+        fast = real(function, backend="aot_eager", dynamic=dynamic)
+        return lambda *args: calls.append(function.__name__) or fast(*args)
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    before, logs = (mdmvi.token_log_prob, mdmvi.step_bound, mdmvi.OrderPosterior.scores), []
+    for flag in ("--no-compile", "--compile"):
+        calls.clear()
+        assert call(train, *flags(trained), *more, flag, "--out", tmp_path / flag) == 0
+        logs.append([json.loads(x) for x in (tmp_path / flag / "log.jsonl").open()])
+    torch._dynamo.reset()
+    passes = ORDER * (1 if "uniform" in more else 2)
+    assert calls.count("step_bound") >= passes and calls.count("scores") >= ORDER
+    assert calls.count("token_log_prob") >= PLAIN
+    assert before == (mdmvi.token_log_prob, mdmvi.step_bound, mdmvi.OrderPosterior.scores)
+    for eager, fast in zip(*logs, strict=True):
+        assert fast["loss"] == pytest.approx(eager["loss"], rel=1e-4)
+
+
+def test_without_a_compiler_training_goes_on(tmp_path, trained, monkeypatch, capsys):
+    def broken(function, dynamic):
+        def fail(*args):
+            raise RuntimeError("no compiler")
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", broken)
+    assert call(train, *flags(trained), "--compile", "--out", tmp_path) == 0
+    assert "torch.compile does not work here (RuntimeError)" in capsys.readouterr().err
+    assert alike(tmp_path / "checkpoint.pt", trained / "out" / "checkpoint.pt")
 
 
 def test_accumulating_is_the_mean_of_the_parts(trained, monkeypatch):

@@ -282,14 +282,17 @@ def train_step(run, stage, step, steps, data, n, optimizers):
 
 
 def compile_passes(run, stage, data, n):
-    """torch.compile the passes with their loss, and try it on a micro-batch of this stage.
+    """torch.compile what a step spends its time in, and try it on a micro-batch of this stage.
 
-    Returns the function as it was, to be put back when the stage ends.
+    Returns [(owner, name, function as it was)]: `set_back` is for the end of the stage.
     """
-    eager, state = mdmvi.token_log_prob, run.generator.get_state()
+    owners = ((mdmvi, "token_log_prob"), (mdmvi, "step_bound"), (mdmvi.OrderPosterior, "scores"))
+    eager = [(owner, name, getattr(owner, name)) for owner, name in owners]
     if not run.args.compile:
         return eager
-    mdmvi.token_log_prob = torch.compile(eager, dynamic=False)
+    state = run.generator.get_state()
+    for owner, name, function in eager:
+        setattr(owner, name, torch.compile(function, dynamic=False))
     try:
         with autocast(run.device):
             loss, _ = stage_loss(run, stage, data, n // run.args.accumulate)
@@ -297,12 +300,18 @@ def compile_passes(run, stage, data, n):
     except Exception as error:  # a compiler that is missing or broken raises many kinds
         reason = type(error).__name__
         print(f"torch.compile does not work here ({reason}): going on without it", file=sys.stderr)
-        mdmvi.token_log_prob, run.args.compile = eager, False
+        set_back(eager)
+        run.args.compile = False
     for network in (run.denoiser, run.policy, run.posterior, run.plain):
         if network is not None:
             network.zero_grad(set_to_none=True)
     run.generator.set_state(state)
     return eager
+
+
+def set_back(functions):
+    for owner, name, function in functions:
+        setattr(owner, name, function)
 
 
 def train_stage(run, data, stop, log):
@@ -347,7 +356,7 @@ def train_stage(run, data, stop, log):
                 cost = max(saved - start, 0.2)
             if stop:
                 raise KeyboardInterrupt(f"stopped at {stage} step {run.step}; go on with --resume")
-    mdmvi.token_log_prob = eager
+    set_back(eager)
 
 
 def search_orders(run, data):

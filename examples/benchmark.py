@@ -196,8 +196,7 @@ def optimizer_share(run, step):
 def print_stages(run, flags, data):
     """The steps of both stages, at the same number of sequences."""
     device = run.device
-    for stage in STAGES:
-        train.compile_passes(run, stage, data, train.stage_groups(run, stage)[2])
+    eager = train.compile_passes(run, "plain", data, flags.batch)
     peaks = stage_peaks(run, data)
     steps = {stage: make_step(run, stage, data) for stage in STAGES}
     best = in_turn(steps, device, flags.repeats)
@@ -211,6 +210,7 @@ def print_stages(run, flags, data):
     rate = flags.batch * flops_of(run.config, flags.canvas_len / 2) / best["plain"]
     peak = next((peak for part, peak in PEAKS.items() if part in describe(device)), None)
     share = optimizer_share(run, steps["plain"])
+    train.set_back(eager)
     line = f"plain step: {rate / 1e12:.3f} TFLOP/s" + (f", MFU {rate / peak:.1%}" if peak else "")
     print(f"{line}; the optimiser takes {share:.0%} of it")
 

@@ -108,8 +108,8 @@ def test_the_table(orders, chosen, monkeypatch, capsys):
     monkeypatch.setattr(eval_gsm8k, "load_checkpoint", lambda *args: loaded)
     monkeypatch.setattr(eval_gsm8k, "pick_problems", lambda *args: [None] * 6)
     monkeypatch.setattr(eval_gsm8k, "encode_problems", lambda *args: (tokens, canvas, [True] * 6))
-    more = ["--strategies", *chosen] if chosen else []
-    bounds.main(["--batch", "4", "--budget", "3", *more])
+    more, on_cpu = ["--strategies", *chosen] if chosen else [], ["--device", "cpu"]
+    bounds.main([*on_cpu, "--batch", "4", "--budget", "3", *more])
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].startswith("6 of 6 problems fit; T = 3,")
     number = r"(-?[0-9.]+) \[(-?[0-9.]+), (-?[0-9.]+)\]"
@@ -130,7 +130,7 @@ def test_the_table(orders, chosen, monkeypatch, capsys):
             found = nats[names.index((name, "plain"))]
             assert found == pytest.approx(exact.item() / 4, abs=1e-4)
         more = ["--strategies", "spread", "--budget", "2"]
-        bounds.main(more)  # its timetable has other steps
+        bounds.main([*on_cpu, *more])  # its timetable has other steps
         assert "searched" not in capsys.readouterr().out
     assert ("learned is ahead by" in lines[3]) == has_order
     if not has_order:

@@ -33,7 +33,7 @@ from examples import spread
 from examples.arithmetic import TASKS
 
 SEPARATOR = "||"  # between question and answer, as in SMDM's fine-tuning data
-VERSION = 5  # of the checkpoints
+VERSION = 6  # of the checkpoints
 RULES = [rule for rule in mdmvi.STRATEGIES if rule != "learned"]
 RULES += [f"{rule}+eos" for rule in mdmvi.CONFIDENCE_RULES]  # eos_aware
 os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its client would tell of each of its tries

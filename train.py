@@ -106,6 +106,8 @@ def parse_args(argv=None):
         raise UserError(f"--accumulate {args.accumulate} must divide --batch and --order-batch")
     if args.orders == "free" and args.search:
         raise UserError("--orders free cannot start from what is searched: give --search 0")
+    if args.orders == "spread" and args.order_lr == 0:
+        raise UserError("--orders spread trains the denoiser only: --order-lr must be above 0")
     if args.middle_steps > args.steps:
         raise UserError(f"--middle-steps {args.middle_steps} is above --steps {args.steps}")
     if args.canvas_len >= args.max_len:
@@ -148,7 +150,7 @@ class Run:
         torch.manual_seed(self.args.seed)
         orders = eval_gsm8k.make_orders(self.args.orders, self.config, self.args.budget)
         self.policy, self.posterior = (network.to(self.device) for network in orders)
-        if self.args.orders != "free":
+        if self.args.orders == "runs":
             self.posterior.start_from(self.denoiser)
 
     def save(self, path, optimizers=()):
@@ -241,7 +243,8 @@ def stage_groups(run, stage):
         groups = mdmvi.parameter_groups(run.plain, None, None, args.order_lr)
         return groups, args.order_steps + searched, n
     run.denoiser.requires_grad_(args.order_lr > 0)
-    run.posterior.trunk.wte.requires_grad_(args.orders == "free")  # else as in start_from
+    if args.orders == "runs":
+        run.posterior.trunk.wte.requires_grad_(False)  # as in start_from
     networks = (run.denoiser, run.policy, run.posterior)
     groups = mdmvi.parameter_groups(*networks, args.order_lr, args.head_lr, args.head_lr / 10)
     return groups, args.order_steps, args.order_batch

@@ -92,7 +92,6 @@ def make_args(flags, accumulate=None):
         order_batch=flags.batch // (PATHS + 1),
         paths=PATHS,
         budget=flags.budget,
-        orders="spread" if flags.paper else "runs",
         optimizer="adamw" if flags.paper else "muon",
         accumulate=accumulate or flags.accumulate,
         device=flags.device,

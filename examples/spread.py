@@ -2,10 +2,10 @@
 
     python train.py --orders spread --data openai/gsm8k --max-len 256 --canvas-len 96
 
-The canvas has a timetable. Its places are taken in the order 0, 1/2, 1/4, 3/4, 1/8, ... of its
-length and cut into T equal parts, one for each step. A search then lets places change steps where
-some training problems gain by it. The posterior may move a token to the step before. The policy
-starts from the same timetable, so that KL is next to nothing at first.
+The order is a timetable, the same for all texts. The places of the canvas are taken in the order
+0, 1/2, 1/4, 3/4, 1/8, ... of its length and cut into T equal parts, one for each step. A search
+then lets places change steps where some training problems gain by it. Posterior and policy are
+tables that say what the timetable says, so KL is next to nothing; stage 2 trains the denoiser.
 """
 
 import torch
@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 import mdmvi
 
-SURE = 9.0  # the logit of what the timetable says
+SURE = 10.0  # the logit of what the timetable says: APART / tau
 
 
 def equal_parts(length, budget):
@@ -33,37 +33,31 @@ def canvas_place(canvas):
     return (canvas.cumsum(1) - 1).clamp(min=0)
 
 
-class SpreadPosterior(mdmvi.OrderPosterior):
-    """log alpha = APART * (move - timetable), [B, N]; move in (0, 1) comes from x_0.
+class SpreadPosterior(nn.Module):
+    """log alpha = -APART * timetable, [B, N]: the parts of the timetable one after the other.
 
-    APART is ten times tau = 0.1, so that a part of the timetable goes as one; scale it with tau.
-    A move only brings a token forward. Tokens that are left behind in their step fill a step of
-    their own, so all moves start near 0.
+    APART is ten times tau = 0.1, so that a step reveals one part; scale it with tau.
     """
 
     APART = 1.0
 
     def __init__(self, config, budget):
-        super().__init__(config)
-        nn.init.zeros_(self.score.weight)
-        nn.init.constant_(self.score.bias, -3.0)
+        super().__init__()
         self.register_buffer("timetable", equal_parts(config.canvas_len or config.max_len, budget))
 
     def forward(self, tokens, canvas):
-        move = self.scores(tokens, canvas).sigmoid()
-        return self.APART * (move - self.timetable[canvas_place(canvas)])
+        return -self.APART * self.timetable[canvas_place(canvas)].float()
 
 
-class SpreadPolicy(mdmvi.PlacePolicy):
-    """A `PlacePolicy` that starts from a timetable, for canvases of as many places.
+class SpreadPolicy(nn.Module):
+    """pi is (nearly) 1 where a timetable has its step and (nearly) 0 elsewhere.
 
-    The timetable's part of the logit is a table by number of masked places and rank among them.
+    pi_logits come from a table by number of masked places and rank among them, which is all that
+    the timetable depends on. Canvases have as many places as it has.
     """
 
     def __init__(self, config, timetable):
-        super().__init__(config)
-        nn.init.zeros_(self.outer.weight)
-        nn.init.zeros_(self.outer.bias)
+        super().__init__()
         self.register_buffer("logit", torch.zeros(config.max_len + 1, config.max_len + 1))
         self.follow(timetable)
 
@@ -81,7 +75,7 @@ class SpreadPolicy(mdmvi.PlacePolicy):
 
     def forward(self, hidden, masked):
         rank = masked.cumsum(1)
-        return super().forward(hidden, masked) + self.logit[rank[:, -1:], rank]
+        return self.logit[rank[:, -1:], rank]
 
 
 @torch.no_grad()

@@ -1,7 +1,6 @@
 """Tests of examples/spread.py:  python -m pytest examples/test_spread.py"""
 
 import itertools
-import math
 
 import pytest
 import torch
@@ -80,24 +79,11 @@ def test_it_starts_as_a_timetable_of_equal_parts(budget, canvas_len, parts):
     assert not masked.any()
 
 
-def test_what_x_0_is_moves_a_token():
+def test_log_alpha_is_minus_the_step():
     tokens, canvas = problems()
-    posterior = randomise(spread.SpreadPosterior(tiny_config(), 4))
-    scores, log_alpha = posterior.scores(tokens, canvas), posterior(tokens, canvas)
-    assert scores.std() > 0.5
-    step = [0, 2, 1, 3, 0, 2, 1, 3]
-    for row in range(4):
-        for place, i in enumerate(canvas[row].nonzero().squeeze(1).tolist()):
-            expected = 1 / (1 + math.exp(-scores[row, i].item())) - step[place]
-            assert log_alpha[row, i].item() == pytest.approx(expected, abs=1e-5)
-
-
-def test_at_the_start_nothing_moves():
-    tokens, canvas = problems()
-    posterior = spread.SpreadPosterior(tiny_config(), 4)
-    step = posterior.timetable[spread.canvas_place(canvas)]
-    expected = 1 / (1 + math.exp(3)) - step  # the same move everywhere
-    assert torch.allclose(posterior(tokens, canvas)[canvas], expected[canvas])
+    log_alpha = spread.SpreadPosterior(tiny_config(), 4)(tokens, canvas)
+    for row, on in zip(log_alpha, canvas):
+        assert row[on].tolist() == [0, -2, -1, -3, 0, -2, -1, -3]
 
 
 def test_the_timetable_is_in_the_checkpoint():
@@ -117,8 +103,8 @@ def test_any_canvas_without_canvas_len():
     assert policy(torch.randn(4, 10, 16), canvas).isfinite().all()
 
 
-def test_the_policy_starts_from_the_timetable():
-    """Whatever the hidden states are: then KL is next to nothing, and no path is unlikely."""
+def test_the_policy_says_what_the_timetable_says():
+    """Whatever the hidden states are: so KL is next to nothing."""
     tokens, canvas = problems()
     _, policy, posterior = networks()
     hidden, masked = 5 * torch.randn(4, 10, 16), canvas
@@ -127,14 +113,12 @@ def test_the_policy_starts_from_the_timetable():
         for row, on, left in zip(pi, canvas, masked):
             for place, i in enumerate(on.nonzero().squeeze(1).tolist()):
                 if left[i]:
-                    assert abs(row[i].item() - (place in part)) == pytest.approx(1.23e-4, abs=1e-6)
+                    assert abs(row[i].item() - (place in part)) == pytest.approx(4.54e-5, abs=1e-6)
         masked = masked & (pi < 0.5)
     assert not masked.any()
-    trained = networks()
-    trained[2].start_from(trained[0])
     generator = torch.Generator().manual_seed(0)
-    _, kl = mdmvi.importance_order_loss(*trained, tokens, canvas, 4, 0.1, 2, generator)
-    assert 0 <= kl.item() < 0.01
+    _, kl = mdmvi.importance_order_loss(*networks(), tokens, canvas, 4, 0.1, 2, generator)
+    assert 0 <= kl.item() < 0.001
 
 
 def test_where_a_part_is_not_done_its_rest_comes_next():
@@ -182,6 +166,16 @@ def test_no_swap_betters_the_timetable_that_the_search_ends_with():
             assert solution_log_prob(denoiser, tokens, canvas, other) < best + 1e-4
 
 
+def test_the_bound_is_that_of_the_timetable():
+    denoiser, policy, posterior = networks()
+    randomise(denoiser)
+    tokens, canvas = problems()
+    generator = torch.Generator().manual_seed(0)
+    bound = mdmvi.order_elbo(denoiser, policy, posterior, tokens, canvas, 4, 0.1, 9, generator)
+    exact = solution_log_prob(denoiser, tokens, canvas, posterior.timetable)
+    assert bound.sum().item() == pytest.approx(exact, rel=0.002)
+
+
 def test_a_search_needs_canvases_of_one_length():
     denoiser, _, posterior = networks()
     tokens, canvas = problems()
@@ -200,12 +194,11 @@ def test_a_step_never_waits_for_the_device():
     on_meta = [network.to("meta") for network in networks()]
     loss = loss_of(on_meta, [x.to("meta") for x in problems()])
     loss.backward()
-    assert loss.is_meta and on_meta[1].count.weight.grad.is_meta
+    assert loss.is_meta and on_meta[0].lm_head.weight.grad.is_meta
 
 
 def test_autocast():
     trained, data = networks(), problems(rows=64)
-    torch.nn.init.normal_(trained[1].outer.weight, std=0.5)
     exact = loss_of(trained, data)
     with torch.autocast("cpu", torch.bfloat16):
         assert loss_of(trained, data).item() == pytest.approx(exact.item(), rel=0.02)

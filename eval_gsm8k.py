@@ -277,8 +277,8 @@ class Models(NamedTuple):
     """The networks of a run; the orders are None before stage 2, plain without a baseline."""
 
     denoiser: mdmvi.Denoiser
-    policy: mdmvi.UnmaskPolicy
-    posterior: mdmvi.OrderPosterior
+    policy: torch.nn.Module
+    posterior: torch.nn.Module
     plain: mdmvi.Denoiser
 
 

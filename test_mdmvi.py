@@ -1159,6 +1159,7 @@ def test_cuda_gives_what_the_cpu_gives():
     models, (tokens, canvas) = tiny_models(canvas_len=5), some_problems(64)
     masked = canvas & (torch.rand(tokens.shape, generator=rng(0)) < 0.6)
     last, results = torch.arange(len(tokens)) % 2 == 0, []
+    precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")  # the scripts let it use TF32
     for device in ("cpu", "cuda"):
         denoiser, policy, posterior = (model.to(device) for model in models)
@@ -1171,6 +1172,7 @@ def test_cuda_gives_what_the_cpu_gives():
             more = policy, 1.0, rng(0) if device == "cpu" else None, eos_aware
             out = mdmvi.generate(denoiser, *data[:2], strategy, 3, *more)
             assert (out.tokens < 5).all() and torch.equal(out.reveal_step >= 0, data[1])
+    torch.set_float32_matmul_precision(precision)
     for on_cpu, on_cuda in zip(*results):
         assert torch.allclose(on_cpu, on_cuda, rtol=1e-4, atol=1e-4)
 
@@ -1745,10 +1747,11 @@ def test_by_length():
 # train.py
 # ------------------------------------------------------------------------------------------------
 
-LAYOUT = ["--size", "tiny", "--max-len", "64", "--canvas-len", "24", "--device", "cpu"]
+ON_CPU = ["--device", "cpu"]
+LAYOUT = ["--size", "tiny", "--max-len", "64", "--canvas-len", "24"]
 PLAIN, BASELINE, ORDER = 6, 11, 5  # steps of each stage; 6 of the baseline pay for the search
 SHORT = f"--steps {PLAIN} --batch 4 --order-steps {ORDER} --order-batch 2 --paths 2"
-SHORT = [*f"{SHORT} --search 4 --problems 0 --no-compile".split()]
+SHORT = [*f"{SHORT} --search 4 --problems 0 --no-compile".split(), *ON_CPU]
 
 
 def call(script, *args):
@@ -1841,7 +1844,7 @@ def interrupt(monkeypatch, at):
     return begun
 
 
-@pytest.mark.parametrize("at", [1, PLAIN, 9, 13, 14, 17])
+@pytest.mark.parametrize("at", [1, PLAIN, 9, 13, 14, 17, 20])
 def test_ctrl_c_saves_and_resuming_equals_not_having_stopped(
     trained, tmp_path, monkeypatch, capsys, at
 ):
@@ -2025,6 +2028,12 @@ def test_another_budget_starts_from_stage_1(trained, tmp_path):
         before = state_of(trained / "out" / "plain.pt")["denoiser"]
         words = [state["trunk.wte.weight"] for state in (before, after)]
         assert torch.equal(*words) == copied  # and frozen
+    for orders in ("free", "runs"):
+        args = [*map(str, flags(trained)), "--orders", orders, "--search", "0"]
+        run = train.Run(train.parse_args(args), small_tokenizer())
+        run.begin_orders()
+        train.stage_groups(run, "order")
+        assert run.posterior.trunk.wte.weight.requires_grad == (orders == "free")
 
 
 @pytest.mark.parametrize(
@@ -2068,7 +2077,7 @@ def test_stage_1_only(trained, capsys):
     out = trained / "stage_1"
     assert sorted(p.name for p in out.iterdir()) == ["checkpoint.pt", "log.jsonl"]
     assert {row["stage"] for row in logged(out)} == {"plain"}
-    data = ["--data", trained / "data.jsonl", "--problems", 3]
+    data = ["--data", trained / "data.jsonl", "--problems", 3, *ON_CPU]
     checkpoint = ["--checkpoint", out / "checkpoint.pt"]
     assert call(eval_gsm8k, *checkpoint, *data, "--budget", 2, 4, "--strategies", "iid") == 0
     printed = capsys.readouterr().out
@@ -2109,8 +2118,8 @@ LOSS_NAMES = ("mdm_loss", "cut_loss", "importance_order_loss", "order_loss")
         ("--budget 1", [6] * 5, [], [2] * 5, []),
         ("--estimator uniform", [4] * 13, [32] * 3, [], [2] * 5),
         ("--estimator uniform --orders free --search 0", [4] * 5, [], [], [2] * 5),
-        ("--orders spread", [6] * 8, [], [2] * 5, []),
-        ("--orders spread --search 0", [6] * 5, [], [2] * 5, []),
+        ("--orders spread", [4] * 9, [], [2] * 5, []),
+        ("--orders spread --search 0", [4] * 5, [], [2] * 5, []),
         ("--accumulate 2", [3] * 22, [32] * 3, [1] * 10, []),
         ("--order-steps 1", [6] * 7, [32] * 3, [2], []),
     ],
@@ -2118,7 +2127,8 @@ LOSS_NAMES = ("mdm_loss", "cut_loss", "importance_order_loss", "order_loss")
 def test_what_is_trained_on_which_flags(
     trained, tmp_path, monkeypatch, more, baseline, known, importance, uniform
 ):
-    """Problems or sequences a call. The baseline is paid for all passes of stage 2, the search (24
+    """Problems or sequences a call. The baseline is paid for all passes of stage 2 (spread orders
+    have one path a problem), the search (24
     or 12 passes for each of 4 problems here, a third of a training pass each) too."""
     monkeypatch.setattr(train, "TIMETABLE_PASSES", 12)
     real, searched = spread.search_timetable, []
@@ -2174,6 +2184,7 @@ def test_a_compiled_run_is_the_eager_one(tmp_path, trained, monkeypatch, more):
     real, calls = torch.compile, []
 
     def compiled(function, dynamic):
+        assert dynamic is False  # one graph a shape
         fast = real(function, backend="aot_eager", dynamic=dynamic)
         return lambda *args: calls.append(function.__name__) or fast(*args)
 
@@ -2187,23 +2198,34 @@ def test_a_compiled_run_is_the_eager_one(tmp_path, trained, monkeypatch, more):
     passes = ORDER * (1 if "uniform" in more else 2)
     assert calls.count("step_bound") >= passes
     assert calls.count("scores") >= ORDER or "spread" in more  # its order is a table
-    assert calls.count("token_log_prob") >= PLAIN
+    steps = {row["stage"]: row["step"] for row in logs[1]}
+    assert calls.count("token_log_prob") >= steps["plain"] + steps["baseline"]
     assert before == (mdmvi.token_log_prob, mdmvi.step_bound, mdmvi.OrderPosterior.scores)
     for eager, fast in zip(*logs, strict=True):
         assert fast["loss"] == pytest.approx(eager["loss"], rel=1e-4)
 
 
-def test_without_a_compiler_training_goes_on(tmp_path, trained, monkeypatch, capsys):
+@pytest.mark.parametrize("breaks", ["token_log_prob", "step_bound", "scores"])
+def test_without_a_compiler_training_goes_on(tmp_path, trained, monkeypatch, capsys, breaks):
     def broken(function, dynamic):
         def fail(*args):
             raise RuntimeError("no compiler")
 
-        return fail
+        return fail if function.__name__ == breaks else function
 
     monkeypatch.setattr(torch, "compile", broken)
     assert call(train, *flags(trained), "--compile", "--out", tmp_path) == 0
-    assert "torch.compile does not work here (RuntimeError)" in capsys.readouterr().err
+    message = "torch.compile does not work here (RuntimeError)"
+    assert capsys.readouterr().err.count(message) == 1  # later stages do not try again
     assert alike(tmp_path / "checkpoint.pt", trained / "out" / "checkpoint.pt")
+
+
+def test_nothing_stays_compiled_after_a_stop(tmp_path, trained, monkeypatch):
+    before = mdmvi.token_log_prob, mdmvi.step_bound, mdmvi.OrderPosterior.scores
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: lambda *args: function(*args))
+    interrupt(monkeypatch, 2)
+    assert call(train, *flags(trained), "--compile", "--out", tmp_path) == 130
+    assert before == (mdmvi.token_log_prob, mdmvi.step_bound, mdmvi.OrderPosterior.scores)
 
 
 def test_accumulating_is_the_mean_of_the_parts(trained, monkeypatch):
@@ -2241,7 +2263,7 @@ def test_the_embedded_task_end_to_end(tmp_path, few_problems, capsys):
     for name in ("learned order", *(f"uniform random order, {m} model" for m in ("same", "plain"))):
         assert re.search(rf"^  {name} +-\d+\.\d+$", printed, re.MULTILINE)
     assert len(rows) == 1 + 2 * 11 and all(row["problems"] == 12 for row in rows)
-    checkpoint = ["--checkpoint", tmp_path / "checkpoint.pt", "--problems", 12]
+    checkpoint = ["--checkpoint", tmp_path / "checkpoint.pt", "--problems", 12, *ON_CPU]
     assert call(eval_gsm8k, *checkpoint, "--json", tmp_path / "again.json") == 0
     again = json.loads((tmp_path / "again.json").read_text())
     assert without_speed(again) == without_speed(rows)
@@ -2255,7 +2277,7 @@ def test_the_embedded_task_end_to_end(tmp_path, few_problems, capsys):
 
 def scored(trained, *args):
     """Arguments that score six problems on the tiny run."""
-    data = ["--data", trained / "data.jsonl", "--problems", 6]
+    data = ["--data", trained / "data.jsonl", "--problems", 6, *ON_CPU]
     return ["--checkpoint", trained / "out" / "checkpoint.pt", *data, *args]
 
 

@@ -10,6 +10,7 @@ and out/log.jsonl tells what happened on the way. The method is in mdmvi.py, dat
 in eval_gsm8k.py; here are the flags, the loop and the checkpoints.
 """
 
+import contextlib
 import copy
 import inspect
 import json
@@ -70,9 +71,9 @@ class Args:
     lr: amount = 2e-3  # stage 1: peak learning rate
     order_steps: whole = 500  # stage 2: steps; the baseline sees as many sequences; 0: stage 1 only
     order_batch: positive = 16  # stage 2: problems a step
-    paths: positive = 3  # stage 2: paths a problem, K
+    paths: positive = 3  # stage 2: paths a problem, K (spread: always 1, as all are alike)
     order_lr: amount = 1e-3  # stage 2, baseline: peak rate of the denoiser; 0 leaves it frozen
-    head_lr: amount = 3e-3  # stage 2: peak rate of the policy and the search; posterior: a tenth
+    head_lr: amount = 3e-3  # stage 2: peak rate of policy and search (posterior: a tenth)
     search: whole = 512  # stage 2: problems on which the first orders are searched; 0: none
     budget: positive = 5  # stage 2: steps of generation, T
     tau: amount = 0.1  # stage 2: temperature of the posterior
@@ -83,7 +84,7 @@ class Args:
     accumulate: positive = 1  # split each step into so many micro-batches
     problems: whole = 500  # held-out problems in the closing table; 0: no table
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cpu, cuda, cuda:1, ...
-    compile: bool = torch.cuda.is_available()  # torch.compile the passes
+    compile: bool = torch.cuda.is_available()  # torch.compile passes, bound and posterior
 
 
 def parse_args(argv=None):
@@ -106,8 +107,10 @@ def parse_args(argv=None):
         raise UserError(f"--accumulate {args.accumulate} must divide --batch and --order-batch")
     if args.orders == "free" and args.search:
         raise UserError("--orders free cannot start from what is searched: give --search 0")
-    if args.orders == "spread" and args.order_lr == 0:
-        raise UserError("--orders spread trains the denoiser only: --order-lr must be above 0")
+    if args.orders == "spread":
+        args.paths = 1
+        if args.order_steps and args.order_lr == 0:
+            raise UserError("--orders spread trains the denoiser only: --order-lr must be above 0")
     if args.middle_steps > args.steps:
         raise UserError(f"--middle-steps {args.middle_steps} is above --steps {args.steps}")
     if args.canvas_len >= args.max_len:
@@ -284,37 +287,43 @@ def train_step(run, stage, step, steps, data, n, optimizers):
     return total, kl
 
 
-def compile_passes(run, stage, data, n):
-    """torch.compile what a step spends its time in, and try it on a micro-batch of this stage.
-
-    Returns [(owner, name, function as it was)]: `set_back` is for the end of the stage.
-    """
+@contextlib.contextmanager
+def compiled(run, stage, data, n):
+    """torch.compile what a step spends its time in, and try it on a micro-batch of this stage."""
     owners = ((mdmvi, "token_log_prob"), (mdmvi, "step_bound"), (mdmvi.OrderPosterior, "scores"))
     eager = [(owner, name, getattr(owner, name)) for owner, name in owners]
-    if not run.args.compile:
-        return eager
-    state = run.generator.get_state()
-    for owner, name, function in eager:
-        setattr(owner, name, torch.compile(function, dynamic=False))
+
+    def set_back():
+        for owner, name, function in eager:
+            setattr(owner, name, function)
+
+    try:
+        if run.args.compile:
+            for owner, name, function in eager:
+                setattr(owner, name, torch.compile(function, dynamic=False))
+            run.args.compile = compiles(run, stage, data, n)
+            if not run.args.compile:
+                set_back()
+        yield
+    finally:
+        set_back()
+
+
+def compiles(run, stage, data, n):
+    """Does a micro-batch run? It leaves weights and generator as they were."""
+    state, error = run.generator.get_state(), None
     try:
         with autocast(run.device):
             loss, _ = stage_loss(run, stage, data, n // run.args.accumulate)
         loss.backward()
-    except Exception as error:  # a compiler that is missing or broken raises many kinds
-        reason = type(error).__name__
-        print(f"torch.compile does not work here ({reason}): going on without it", file=sys.stderr)
-        set_back(eager)
-        run.args.compile = False
+    except Exception as e:  # a compiler that is missing or broken raises many kinds
+        error = type(e).__name__
+        print(f"torch.compile does not work here ({error}): going on without it", file=sys.stderr)
     for network in (run.denoiser, run.policy, run.posterior, run.plain):
         if network is not None:
             network.zero_grad(set_to_none=True)
     run.generator.set_state(state)
-    return eager
-
-
-def set_back(functions):
-    for owner, name, function in functions:
-        setattr(owner, name, function)
+    return error is None
 
 
 def train_stage(run, data, stop, log):
@@ -328,10 +337,10 @@ def train_stage(run, data, stop, log):
     except (KeyError, TypeError, ValueError, AttributeError):
         raise UserError(f"the optimisers in {path} do not fit: it is damaged, train again")
     run.optimizers = []
-    eager = compile_passes(run, stage, data, n)
-    total, since, began = 0.0, 0, time.perf_counter()
-    saved, cost = time.perf_counter(), 1.0
-    with tqdm(total=steps, initial=run.step, desc=stage, unit="step", mininterval=1.0) as bar:
+    bar = tqdm(total=steps, initial=run.step, desc=stage, unit="step", mininterval=1.0)
+    with compiled(run, stage, data, n), bar:
+        total, since, began = 0.0, 0, time.perf_counter()
+        saved, cost = time.perf_counter(), 1.0
         while run.step < steps:
             loss, kl = train_step(run, stage, run.step, steps, data, n, optimizers)
             total, since = total + loss, since + 1
@@ -359,7 +368,6 @@ def train_stage(run, data, stop, log):
                 cost = max(saved - start, 0.2)
             if stop:
                 raise KeyboardInterrupt(f"stopped at {stage} step {run.step}; go on with --resume")
-    set_back(eager)
 
 
 def search_orders(run, data):

@@ -5,7 +5,8 @@
 The order is a timetable, the same for all texts. The places of the canvas are taken in the order
 0, 1/2, 1/4, 3/4, 1/8, ... of its length and cut into T equal parts, one for each step. A search
 then lets places change steps where some training problems gain by it. Posterior and policy are
-tables that say what the timetable says, so KL is next to nothing; stage 2 trains the denoiser.
+tables that say what the timetable says, so KL is next to nothing and all paths of a text are alike;
+stage 2 trains the denoiser.
 """
 
 import torch
@@ -14,7 +15,7 @@ from tqdm import tqdm
 
 import mdmvi
 
-SURE = 10.0  # the logit of what the timetable says: APART / tau
+SURE = 10.0  # the logit of what the timetable says
 
 
 def equal_parts(length, budget):
@@ -34,26 +35,23 @@ def canvas_place(canvas):
 
 
 class SpreadPosterior(nn.Module):
-    """log alpha = -APART * timetable, [B, N]: the parts of the timetable one after the other.
+    """log alpha = -APART * timetable, [B, N]: one part of the timetable in a step, if tau <= 1."""
 
-    APART is ten times tau = 0.1, so that a step reveals one part; scale it with tau.
-    """
-
-    APART = 1.0
+    APART = 10.0
 
     def __init__(self, config, budget):
         super().__init__()
         self.register_buffer("timetable", equal_parts(config.canvas_len or config.max_len, budget))
 
     def forward(self, tokens, canvas):
-        return -self.APART * self.timetable[canvas_place(canvas)].float()
+        return -self.APART * self.timetable[canvas_place(canvas)]
 
 
 class SpreadPolicy(nn.Module):
     """pi is (nearly) 1 where a timetable has its step and (nearly) 0 elsewhere.
 
-    pi_logits come from a table by number of masked places and rank among them, which is all that
-    the timetable depends on. Canvases have as many places as it has.
+    pi_logits come from a table by number of masked places and rank among them. That tells the
+    place where a canvas has as many places as the timetable, and only there.
     """
 
     def __init__(self, config, timetable):

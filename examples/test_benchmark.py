@@ -33,6 +33,8 @@ def test_paper_is_one_flag_and_others_change_it():
     assert (args.max_len, args.canvas_len, args.optimizer) == (256, 96, "adamw")
     args = benchmark.make_args(benchmark.parse_args(["--paper", "--batch", "8"]))
     assert (args.batch, args.order_batch, args.accumulate) == (8, 2, 1)
+    args = benchmark.make_args(benchmark.parse_args([*SMALL, "--accumulate", "2"]))
+    assert (args.batch, args.accumulate) == (16, 2)
 
 
 @pytest.mark.parametrize(
@@ -81,6 +83,17 @@ def test_against_plain_leaves_the_module_as_it_was(capsys):
     benchmark.main([*SMALL, "--against-plain"])
     assert mdmvi.token_log_prob is before
     assert "plain PyTorch" in capsys.readouterr().out
+
+
+def test_stages_are_compiled_for_their_timing_only(monkeypatch, capsys):
+    before, calls = mdmvi.step_bound, []
+
+    def compiled(function, dynamic):
+        return lambda *args: calls.append(function.__name__) or function(*args)
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    benchmark.main([*SMALL, "--compile"])
+    assert mdmvi.step_bound is before and {"token_log_prob", "step_bound", "scores"} == set(calls)
 
 
 def test_flops_are_those_that_torch_counts():

@@ -83,11 +83,15 @@ def test_log_alpha_is_minus_the_step():
     tokens, canvas = problems()
     log_alpha = spread.SpreadPosterior(tiny_config(), 4)(tokens, canvas)
     for row, on in zip(log_alpha, canvas):
-        assert row[on].tolist() == [0, -2, -1, -3, 0, -2, -1, -3]
+        assert row[on].tolist() == [0, -20, -10, -30, 0, -20, -10, -30]
 
 
 def test_the_timetable_is_in_the_checkpoint():
     ours, theirs = (spread.SpreadPosterior(tiny_config(), budget) for budget in (4, 2))
+    policies = [spread.SpreadPolicy(tiny_config(), x.timetable) for x in (ours, theirs)]
+    assert not torch.equal(policies[0].logit, policies[1].logit)
+    policies[1].load_state_dict(policies[0].state_dict())
+    assert torch.equal(policies[0].logit, policies[1].logit)
     theirs.load_state_dict(ours.state_dict())
     assert torch.equal(theirs.timetable, ours.timetable)
     assert theirs.timetable.tolist() == [0, 2, 1, 3, 0, 2, 1, 3]
@@ -116,9 +120,10 @@ def test_the_policy_says_what_the_timetable_says():
                     assert abs(row[i].item() - (place in part)) == pytest.approx(4.54e-5, abs=1e-6)
         masked = masked & (pi < 0.5)
     assert not masked.any()
-    generator = torch.Generator().manual_seed(0)
-    _, kl = mdmvi.importance_order_loss(*networks(), tokens, canvas, 4, 0.1, 2, generator)
-    assert 0 <= kl.item() < 0.001
+    for tau in (0.05, 0.1, 1.0):
+        generator = torch.Generator().manual_seed(0)
+        _, kl = mdmvi.importance_order_loss(*networks(), tokens, canvas, 4, tau, 2, generator)
+        assert 0 <= kl.item() < 0.001
 
 
 def test_where_a_part_is_not_done_its_rest_comes_next():
@@ -127,6 +132,10 @@ def test_where_a_part_is_not_done_its_rest_comes_next():
     masked = torch.arange(10)[None] < 7
     pi = policy(torch.randn(1, 10, 16), masked).sigmoid()
     assert [round(x, 2) for x in pi[0, :7].tolist()] == [1, 0, 0, 0, 1, 0, 0]
+    policy.follow(torch.tensor([0, 0, 0, 0, 1, 1, 1, 1]))
+    five = torch.arange(10)[None] < 5  # taken as places 0, 1, 3, 4, 6
+    pi = policy(torch.randn(1, 10, 16), five).sigmoid()
+    assert [round(x, 2) for x in pi[0, :5].tolist()] == [1, 1, 1, 0, 0]
     policy.follow(torch.tensor([1, 0, 0, 0, 0, 0, 0, 0]))
     pi = policy(torch.randn(1, 10, 16), masked).sigmoid()
     assert [round(x, 2) for x in pi[0, :7].tolist()] == [0, 1, 1, 1, 1, 1, 1]

@@ -2127,9 +2127,9 @@ LOSS_NAMES = ("mdm_loss", "cut_loss", "importance_order_loss", "order_loss")
 def test_what_is_trained_on_which_flags(
     trained, tmp_path, monkeypatch, more, baseline, known, importance, uniform
 ):
-    """Problems or sequences a call. The baseline is paid for all passes of stage 2 (spread orders
-    have one path a problem), the search (24
-    or 12 passes for each of 4 problems here, a third of a training pass each) too."""
+    """Problems or sequences a call. The baseline is paid for all passes of stage 2, where spread
+    orders have one path a problem, and for those of the search: 24 or 12 for each of 4 problems
+    here, a third of a training pass each."""
     monkeypatch.setattr(train, "TIMETABLE_PASSES", 12)
     real, searched = spread.search_timetable, []
     monkeypatch.setattr(

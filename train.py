@@ -1,7 +1,7 @@
 """Training: stage 1 (plain MDM), the equal-compute baseline, stage 2 (orders), and the table.
 
     python train.py                                    # embedded word problems, CPU, minutes
-    python train.py --data openai/gsm8k --max-len 256 --canvas-len 96 --orders spread
+    python train.py --data openai/gsm8k --max-len 256 --canvas-len 96
     python train.py --resume                           # go on from out/checkpoint.pt
     python train.py --start out/plain.pt --budget 10 --out out10      # stage 2, another budget
 

@@ -311,19 +311,21 @@ def compiled(run, stage, data, n):
 
 def compiles(run, stage, data, n):
     """Does a micro-batch run? It leaves weights and generator as they were."""
-    state, error = run.generator.get_state(), None
+    state = run.generator.get_state()
     try:
         with autocast(run.device):
             loss, _ = stage_loss(run, stage, data, n // run.args.accumulate)
         loss.backward()
-    except Exception as e:  # a compiler that is missing or broken raises many kinds
-        error = type(e).__name__
-        print(f"torch.compile does not work here ({error}): going on without it", file=sys.stderr)
-    for network in (run.denoiser, run.policy, run.posterior, run.plain):
-        if network is not None:
-            network.zero_grad(set_to_none=True)
-    run.generator.set_state(state)
-    return error is None
+        return True
+    except Exception as error:  # a compiler that is missing or broken raises many kinds
+        reason = type(error).__name__
+        print(f"torch.compile does not work here ({reason}): going on without it", file=sys.stderr)
+        return False
+    finally:
+        for network in (run.denoiser, run.policy, run.posterior, run.plain):
+            if network is not None:
+                network.zero_grad(set_to_none=True)
+        run.generator.set_state(state)
 
 
 def train_stage(run, data, stop, log):
@@ -337,8 +339,10 @@ def train_stage(run, data, stop, log):
     except (KeyError, TypeError, ValueError, AttributeError):
         raise UserError(f"the optimisers in {path} do not fit: it is damaged, train again")
     run.optimizers = []
-    bar = tqdm(total=steps, initial=run.step, desc=stage, unit="step", mininterval=1.0)
-    with compiled(run, stage, data, n), bar:
+    with (
+        compiled(run, stage, data, n),  # first, so that the bar's rate is without it
+        tqdm(total=steps, initial=run.step, desc=stage, unit="step", mininterval=1.0) as bar,
+    ):
         total, since, began = 0.0, 0, time.perf_counter()
         saved, cost = time.perf_counter(), 1.0
         while run.step < steps:

@@ -196,7 +196,7 @@ def optimizer_share(run, step):
 def print_stages(run, flags, data):
     """The steps of both stages, at the same number of sequences."""
     device = run.device
-    with train.compiled(run, "order", data, flags.batch // (PATHS + 1)):
+    with train.compiled(run, "order", data, run.args.order_batch):
         peaks = stage_peaks(run, data)
         steps = {stage: make_step(run, stage, data) for stage in STAGES}
         best = in_turn(steps, device, flags.repeats)
@@ -446,7 +446,7 @@ def scoring(strategy, temperature):
 
 def print_memory(run, flags):
     """Peaks of everything at this shape, and the paper's 45,000 + 15,000 steps in FLOP."""
-    problems, rows = flags.batch // (PATHS + 1), [("peak, GiB", "", "accumulate 2", "4", "8")]
+    problems, rows = run.args.order_batch, [("peak, GiB", "", "accumulate 2", "4", "8")]
     for stage in STAGES:
         parts = [n for n in (1, 2, 4, 8) if problems % n == 0]
         cells = [f"{peak_bytes(run, flags, n, training(stage)) / 2**30:.1f}" for n in parts]

@@ -737,18 +737,21 @@ def parameter_groups(denoiser, policy, posterior, lr=1e-3, policy_lr=3e-3, poste
     return groups
 
 
-def update(optimizers, step, steps, end=0.1):
+END_LR = 0.01  # share of the peak learning rates that is left at the end of a training
+
+
+def update(optimizers, step, steps):
     """One update after backward(), of groups from `parameter_groups`, at `step` of `steps`.
 
     Each network's gradient is clipped to norm 1 by itself: the posterior's is now and then by far
     the largest, and clipped together it would shrink the others'. The rate warms up over the
-    group's share of the steps and falls along a cosine to `end` of its peak.
+    group's share of the steps and falls along a cosine to END_LR of its peak.
     """
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     for name in {group["network"] for group in groups}:
         params = [p for group in groups if group["network"] == name for p in group["params"]]
         nn.utils.clip_grad_norm_(params, 1.0)
-    share = end + (1 - end) / 2 * (1 + math.cos(math.pi * min(1.0, step / steps)))
+    share = END_LR + (1 - END_LR) / 2 * (1 + math.cos(math.pi * min(1.0, step / steps)))
     for group in groups:
         group["lr"] = group["peak"] * share * min(1.0, (step + 1) / (group["warm_up"] * steps))
     for optimizer in optimizers:

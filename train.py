@@ -80,7 +80,6 @@ class Args:
     orders: Literal["runs", "spread", "free"] = "runs"  # stage 2: kind of order; free: the paper's
     estimator: Literal["importance", "uniform"] = "importance"  # stage 2: uniform is the paper's
     optimizer: Literal["muon", "adamw"] = "muon"  # muon leaves what is no block matrix to AdamW
-    end_lr: amount = 0.01  # share of the peak learning rates that is left at the end of a stage
     accumulate: positive = 1  # split each step into so many micro-batches
     problems: whole = 500  # held-out problems in the closing table; 0: no table
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cpu, cuda, cuda:1, ...
@@ -101,8 +100,8 @@ def parse_args(argv=None):
             options["type"] = field.type
         parser.add_argument("--" + field.name.replace("_", "-"), **options)
     args = Args(**vars(parser.parse_args(argv)))
-    if args.tau == 0 or args.end_lr > 1:
-        raise UserError("--tau must be above 0, and --end-lr at most 1")
+    if args.tau == 0:
+        raise UserError("--tau must be above 0")
     if args.batch % args.accumulate or args.order_batch % args.accumulate:
         raise UserError(f"--accumulate {args.accumulate} must divide --batch and --order-batch")
     if args.orders == "free" and args.search:
@@ -283,7 +282,7 @@ def train_step(run, stage, step, steps, data, n, optimizers):
             loss, kl = stage_loss(run, stage, data, n // parts)
         (loss / parts).backward()
         total = total + loss.detach() / parts
-    mdmvi.update(optimizers, step, steps, run.args.end_lr)
+    mdmvi.update(optimizers, step, steps)
     return total, kl
 
 
@@ -406,7 +405,7 @@ def search_cuts(run, tokens, canvas):
         with autocast(run.device):
             loss = mdmvi.cut_loss(run.posterior, x.long(), on, value, args.budget)
         loss.backward()
-        mdmvi.update(optimizers, step, SEARCH_STEPS, args.end_lr)
+        mdmvi.update(optimizers, step, SEARCH_STEPS)
         if step % 20 == 19:
             bar.set_postfix_str(f"loss {float(loss.detach()):.4f}", refresh=False)
 

@@ -154,8 +154,8 @@ def describe(device):
     """The processor with what limits it, or the GPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    limits = [f"{n}={os.environ[n]}" for n in ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
-              if n in os.environ]  # fmt: skip
+    names = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
+    limits = [f"{name}={os.environ[name]}" for name in names if name in os.environ]
     words = [f"CPU with {torch.backends.cpu.get_cpu_capability()}", *limits]
     return ", ".join([*words, f"{torch.get_num_threads()} threads"])
 
@@ -474,8 +474,10 @@ def main(argv=None):
     data = random_data(flags, device)
     count = sum(p.numel() for p in run.denoiser.parameters()) / 1e6
     print(describe(device))
-    print(f"{flags.size}, {count:.1f}M parameters, {flags.batch} sequences of {flags.max_len}, "
-          f"canvas {flags.canvas_len}, vocabulary {flags.vocab}\n")  # fmt: skip
+    print(
+        f"{flags.size}, {count:.1f}M parameters, {flags.batch} sequences of {flags.max_len}, "
+        f"canvas {flags.canvas_len}, vocabulary {flags.vocab}\n"
+    )
     if flags.memory:
         return print_memory(run, flags)
     if flags.against_plain:

@@ -229,7 +229,6 @@ def search_posterior(denoiser, budget, tau):
 TRAINING = 60_000  # puzzles to train on
 TAU = 0.1
 LR, POLICY_LR, BOUND_LR = 6e-3, 1e-2, 1e-3  # peaks: denoiser; policy on states; policy by the bound
-END_LR = 0.01  # share of the peak that is left at the end
 SEARCHED = 4096  # puzzles whose states on the way the policy learns first
 STATE_STEPS, STATES = 3000, 1024  # steps of that, and cells in each
 BOUND_STEPS, BOUND_BATCH = 300, 32  # steps by the bound, and puzzles in each
@@ -242,7 +241,7 @@ def minimise(groups, loss_of, steps, label):
     for step in bar:
         loss = loss_of()
         loss.backward()
-        mdmvi.update(optimizers, step, steps, END_LR)
+        mdmvi.update(optimizers, step, steps)
         total = total + loss.detach()
         if step % 20 == 19 or step == steps - 1:  # the only place that waits for the device
             mean = float(total) / (step % 20 + 1)

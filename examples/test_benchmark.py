@@ -109,10 +109,8 @@ def test_flops_are_those_that_torch_counts():
 def test_live_bytes_by_hand():
     flags = benchmark.parse_args(SMALL)
     run = make_run(flags)
-    weights = sum(
-        p.numel() for network in (run.denoiser, run.policy, run.posterior)
-        for p in network.parameters()
-    )  # fmt: skip
+    networks = (run.denoiser, run.policy, run.posterior)
+    weights = sum(p.numel() for network in networks for p in network.parameters())
 
     def twice(run, data):
         x = torch.empty(1000, 1000)

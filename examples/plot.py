@@ -11,6 +11,7 @@ from pathlib import Path
 
 from eval_gsm8k import Parser, UserError, aligned, read_records, run_main, writable
 
+LABELS = {"answered": "right answers, %", "solved": "right solutions, %"}
 NUMBERS = ("average_steps", "budget", "answered", "solved")
 
 
@@ -80,11 +81,11 @@ def draw(rows, path):
         axes.plot(
             *zip(*points(rows, name, key)), marker="o", label=name, **{"markersize": 4, **style}
         )
-    axes.set(xlabel="average steps (forward passes)", ylabel=f"{key}, %", xscale="log")
+    axes.set(xlabel="average steps (forward passes)", ylabel=LABELS[key], xscale="log")
     axes.set_xticks(sorted({row["budget"] for row in rows}))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.minorticks_off()
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     try:
         figure.savefig(path, bbox_inches="tight", dpi=150)
     except (OSError, ValueError) as error:

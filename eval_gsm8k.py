@@ -4,9 +4,8 @@
     python eval_gsm8k.py --data test.jsonl                    # real GSM8K problems
     python eval_gsm8k.py --sweep 1 2 3 4 5 8 --json rows.json     # for python -m examples.plot
 
-A problem is a dict {question, answer}; its answer is a chain of <<...>> notes, then "#### N". An
-embedded one lists all its right solutions; the others are judged by their equations, against the
-reference.
+A problem is a dict {question, answer}; its answer ends in "#### N". An embedded one lists all its
+right solutions; the others are judged by their <<...>> equations, against the reference.
 """
 
 import argparse
@@ -19,7 +18,6 @@ import math
 import os
 import re
 import sys
-import time
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -62,7 +60,7 @@ class Tokenizer:
         self.pieces = [str(piece) for piece in pieces]
         self.ids = {piece: 257 + i for i, piece in enumerate(self.pieces)}
         self.vocab_size = self.mask_id = 257 + len(self.pieces)
-        encoded = [piece.encode("utf-8", "surrogatepass") for piece in self.pieces]
+        encoded = [piece.encode("utf-8", "replace") for piece in self.pieces]
         self.bytes = [b"", *(bytes([b]) for b in range(256)), *encoded, b""]  # of each id
 
     @classmethod
@@ -79,15 +77,12 @@ class Tokenizer:
             if piece in self.ids:
                 ids.append(self.ids[piece])
             else:
-                ids.extend(1 + b for b in piece.encode("utf-8", "surrogatepass"))
+                ids.extend(1 + b for b in piece.encode("utf-8", "replace"))
         return ids
 
     def decode(self, ids):
-        text = b"".join(self.bytes[i] for i in ids)
-        try:
-            return text.decode("utf-8", "surrogatepass")
-        except UnicodeDecodeError:  # bytes a model strung together
-            return text.decode("utf-8", "replace")
+        # A model may string bytes together that are no text
+        return b"".join(self.bytes[i] for i in ids).decode("utf-8", "replace")
 
 
 class LlamaTokenizer:
@@ -122,7 +117,7 @@ SUFFIXES = tuple(kind + packed for kind in (".json", ".jsonl") for packed in (""
 
 
 def read_records(path):
-    """Yield (where, object) for each record: JSON lines, or one JSON array in a .json file."""
+    """Yield (where, object) for each record of a file: a line of JSON each, or one JSON array."""
     try:
         with OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8") as file:
             text = file.read()
@@ -309,14 +304,13 @@ def load_checkpoint(path, device="cpu"):
         tokenizer = LlamaTokenizer(pieces) if isinstance(pieces, str) else Tokenizer(pieces)
         if tokenizer.vocab_size != config.vocab_size or args["budget"] < 1:
             raise ValueError
-        denoiser, plain = mdmvi.Denoiser(config), mdmvi.Denoiser(config)
-        models = Models(denoiser, *make_orders(args["orders"], config, args["budget"]), plain)
-        for name, network in models._asdict().items():
-            if checkpoint[name] is None:
-                models = models._replace(**{name: None})
-            else:
-                network.load_state_dict(checkpoint[name])
-                network.to(device)
+        orders = make_orders(args["orders"], config, args["budget"])
+        networks = (mdmvi.Denoiser(config), *orders, mdmvi.Denoiser(config))
+        states = [checkpoint[name] for name in Models._fields]
+        for network, state in zip(networks, states):
+            if state is not None:
+                network.to(device).load_state_dict(state)
+        models = Models(*(state and network for network, state in zip(networks, states)))
     except UserError:
         raise
     except Exception as error:  # torch raises many kinds for a file that is cut off or not its own
@@ -358,20 +352,19 @@ def judge(text, problem):
 def attempt(problems, tokenizer, tokens, canvas, policy, batch, seed, rule, budget, denoiser):
     """Generate a solution for every problem with one rule; an empty canvas stays unsolved.
 
-    Returns a dict: answered, solved (a bool each), steps (a number each), seconds.
+    Returns a dict of lists: answered, solved (bools), steps (numbers).
     """
     strategy, _, eos = rule.partition("+")
     generator = torch.Generator(tokens.device).manual_seed(seed)
     options = {"policy": policy, "generator": generator, "eos_aware": bool(eos)}
-    texts, steps, start = [], [], time.perf_counter()
+    texts, steps = [], []
     for x, on in zip(tokens.split(batch), canvas.split(batch)):
         out = mdmvi.generate(denoiser, x.long(), on, strategy, budget, **options)
         rows = zip(out.tokens.cpu(), on.cpu())
         texts += [answer_text(tokenizer, row, place) for row, place in rows]
         steps += out.steps.tolist()
     answered, solved = zip(*map(judge, texts, problems))
-    seconds = time.perf_counter() - start
-    return {"answered": answered, "solved": solved, "steps": steps, "seconds": seconds}
+    return {"answered": answered, "solved": solved, "steps": steps}
 
 
 def score(run, models, budgets, rules, sweep):
@@ -420,7 +413,6 @@ def make_row(name, budget, match, model, result, ours):
         "average_steps": sum(steps) / len(steps),
         "min_steps": min(steps),
         "max_steps": max(steps),
-        "problems_per_second": n / result["seconds"],
     }
     for key in ("answered", "solved"):
         row[key] = sum(result[key]) / n
@@ -455,18 +447,17 @@ def table(rows):
 
 
 def by_length(problems, result):
-    """The learned order's average steps by number of equations in the reference, as plain text."""
+    """The learned order by number of equations in the reference, as plain text."""
     lines = [("equations", "problems", "average steps", "answer %", "solved %")]
     answers = [problem["answer"] for problem in problems]
     lengths = [answer.count("<<") or answer.count("=") for answer in answers]  # prose has = too
     for n in sorted(set(lengths)):
         chosen = [i for i, length in enumerate(lengths) if length == n]
-        steps, answered, solved = (
-            sum(result[key][i] for i in chosen) / len(chosen)
-            for key in ("steps", "answered", "solved")
-        )
-        shares = (f"{100 * answered:.1f}", f"{100 * solved:.1f}")
-        lines.append((str(n), str(len(chosen)), f"{steps:.2f}", *shares))
+        steps = [result["steps"][i] for i in chosen if result["steps"][i]] or [0]
+        cells = [str(n), str(len(chosen)), f"{sum(steps) / len(steps):.2f}"]
+        for key in ("answered", "solved"):
+            cells.append(f"{100 * sum(result[key][i] for i in chosen) / len(chosen):.1f}")
+        lines.append(cells)
     return aligned(lines)
 
 
@@ -496,7 +487,7 @@ def print_scores(
             print(f"\nlearned order, T={row['budget']}, by number of equations\n")
             print(by_length(problems, result))
     if json_file:
-        write_file(json_file, json.dumps(rows, indent=1) + "\n")
+        Path(json_file).write_text(json.dumps(rows, indent=1) + "\n")
 
 
 def writable(path):
@@ -505,13 +496,6 @@ def writable(path):
     if not folder.is_dir() or not os.access(folder, os.W_OK) or Path(path).is_dir():
         raise UserError(f"cannot write {path}: give a file in a folder that can be written")
     return path
-
-
-def write_file(path, text):
-    try:
-        Path(path).write_text(text, encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}): give another file")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -568,7 +552,7 @@ def pick_problems(checkpoint, data, n):
         return load_gsm8k(data, checkpoint["args"]["answers"], "test")[:n]
     if checkpoint["args"]["data"] in TASKS:
         return TASKS[checkpoint["args"]["data"]](n or 2000, 1, True)
-    raise UserError("this checkpoint was trained on --data: give --data here, a file or hub name")
+    raise UserError("this checkpoint was trained on --data: give other problems as --data here")
 
 
 def main(argv=None):
@@ -594,22 +578,30 @@ def main(argv=None):
     print_scores(*data, args.strategies, args.sweep, args.batch, args.seed, args.json)
 
 
+def complain(message):
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
 def run_main(main):
-    """Run a script: a UserError is one line on stderr and exit code 2, Ctrl-C is exit code 130."""
+    """Run a script: what the user can mend is one line on stderr and exit code 2, Ctrl-C is 130."""
     try:
         try:
             main()
         finally:  # argparse leaves by SystemExit after --help
             sys.stdout.flush()
-    except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt as stop:  # train.py says where
         print(str(stop) or "stopped", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # the reader, head say, has seen enough; nothing to flush to it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except UserError as error:
+        complain(error)
+    except OSError as error:
+        complain(f"{error}: give another file or folder")
+    except torch.OutOfMemoryError:
+        complain("the GPU has too little memory: lower --batch, or raise --accumulate of train.py")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ What a step reveals stands in brackets, "_" is still masked, a dot is EOS.
 
 import html
 import sys
+from pathlib import Path
 
 import torch
 
@@ -148,7 +149,8 @@ def main(argv=None):
         print("\n".join(show_steps(tokenizer, *results[-1][1:], color=sys.stdout.isatty())))
         print(f"answer:\n{eval_gsm8k.answer_text(tokenizer, row, on)}\n")
     if args.html:
-        eval_gsm8k.write_file(args.html, page(prompt, results, tokenizer))
+        text = page(prompt, results, tokenizer)
+        Path(args.html).write_text(text, encoding="utf-8", errors="replace")
 
 
 if __name__ == "__main__":

@@ -1222,7 +1222,6 @@ ODD_TEXTS = [
     "  two  spaces \t and\r\nlines\n\n",
     "日本語 € é e\u0301 ﬁ \u200d 🙂",
     "\x00\x1c\x85\u2028\ufeff",
-    "\ud800 alone, \ud83d\ude00 a pair in halves",
     "<<3*2=6>> <<6-1=5>> #### 5||",
     "<<<>>>> <<>> >> << #####||| ####5 #### 5 -+*/==",
     "12 apples and12 7 007 ٣٤ ½ x2y",
@@ -1236,7 +1235,8 @@ def small_tokenizer():
 
 def test_tokenizer_is_lossless():
     tokenizer, rng = small_tokenizer(), random.Random(0)
-    texts = ODD_TEXTS + ["".join(chr(rng.randrange(0x11000)) for _ in range(40)) for _ in range(60)]
+    signs = [chr(i) for i in range(0x11000) if not 0xD800 <= i < 0xE000]  # no halves of a pair
+    texts = ODD_TEXTS + ["".join(rng.choices(signs, k=40)) for _ in range(60)]
     texts += ["".join(rng.choices([*eval_gsm8k.MARKS, " ", "a", "Ann"], k=30)) for _ in range(60)]
     for text in texts:
         ids = tokenizer.encode(text)
@@ -1253,7 +1253,9 @@ def test_tokenizer_pieces():
     again = eval_gsm8k.Tokenizer(tokenizer.pieces)
     assert all(again.encode(text) == tokenizer.encode(text) for text in ODD_TEXTS)
     assert tokenizer.decode([tokenizer.eos_id, tokenizer.mask_id]) == ""
-    assert isinstance(tokenizer.decode([200, 255, 1]), str)  # bytes that are no text
+    for stray in ([200, 255, 1], [0xED + 1, 0xA0 + 1, 0x80 + 1]):  # bytes that are no text
+        assert tokenizer.decode(stray).encode()  # and can be printed
+    assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a?b"
     rare = ["one of a kind"] * 4 + ["often"] * 5
     assert " of" not in eval_gsm8k.Tokenizer.build(rare).pieces
     few = eval_gsm8k.Tokenizer.build(["b a c"] * 9, max_pieces=len(eval_gsm8k.MARKS) + 2)
@@ -1533,6 +1535,11 @@ def test_variants_of_a_test_problem_are_not_trained_on(tmp_path):
     words = [{re.sub("[0-9]", "", p["question"]) for p in part} for part in (training, held_out)]
     assert len(held_out) == 6 and not words[0] & words[1]
     assert train.load_problems(args) == (training, held_out)
+    rows *= 50  # the split is the same for any number of --problems
+    args = train.parse_args(["--data", put_rows(tmp_path / "b.jsonl", rows)])
+    split = train.load_problems(args)
+    args.problems = 2000
+    assert train.load_problems(args) == split and len(split[1]) == 256
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1633,7 +1640,7 @@ class FakeRun:
         answered, solved = (
             [i < n for i in range(4)] for n in self.right.get((strategy, denoiser), (3, 2))
         )
-        return {"answered": answered, "solved": solved, "steps": steps, "seconds": 2.0}
+        return {"answered": answered, "solved": solved, "steps": steps}
 
 
 def fake_score(run, rules, sweep=(), budgets=(9,), policy="policy", plain="plain"):
@@ -1668,7 +1675,7 @@ def test_rules_get_the_average_steps_rounded_up_and_the_most(steps, avg, most):
     assert [row["p_answered"] is None for row in rows] == [True, *[False] * 4, *[True] * 4]
     taken = [n for n in steps if n] or [0]
     assert rows[0]["average_steps"] == sum(taken) / len(taken)
-    assert rows[0]["min_steps"] == min(taken) and rows[0]["problems_per_second"] == 2.0
+    assert rows[0]["min_steps"] == min(taken)
     assert len(set(run.calls)) == len(run.calls)  # nothing twice
 
 
@@ -1729,15 +1736,20 @@ def test_table():
 
 
 def test_by_length():
-    answers = ("1+1=2+1=3 #### 3", "1+1 = <<1+1=2>>2", "<<1+1=2>> <<2+1=3>> #### 3", "#### 1")
+    answers = ["1+1=2+1=3 #### 3", "1+1 = <<1+1=2>>2", "<<1+1=2>> <<2+1=3>> #### 3", "#### 1"]
+    answers += ["<<1+1=2>> <<2+2=4>> #### 4", "1=1=1=1"]
     problems = [{"answer": answer} for answer in answers]
-    steps, answered, solved = [3, 1, 4, 1], [True, True, False, True], [False, True, False, False]
-    result = {"steps": steps, "answered": answered, "solved": solved, "texts": [], "seconds": 1}
+    result = {
+        "steps": [3, 1, 4, 1, 0, 0],  # two do not fit
+        "answered": [True, True, False, True, False, False],
+        "solved": [False, True, False, False, False, False],
+    }
     lines = eval_gsm8k.by_length(problems, result).split("\n")[1:]
     assert [table_cells(line) for line in lines] == [
         ["0", "1", "1.00", "100.0", "0.0"],
         ["1", "1", "1.00", "100.0", "100.0"],
-        ["2", "2", "3.50", "50.0", "0.0"],
+        ["2", "3", "3.50", "33.3", "0.0"],
+        ["3", "1", "0.00", "0.0", "0.0"],
     ]
 
 
@@ -1948,7 +1960,7 @@ def test_a_nan_loss_stops_before_the_checkpoint_is_touched(
     break_loss(monkeypatch, name, at)
     monkeypatch.setattr(train, "SAVE_COST", 1e9)  # save after each step
     assert call(train, *flags(trained), "--out", tmp_path) == 2
-    assert "; lower the learning rate\n" in capsys.readouterr().err
+    assert "; train again with a lower learning rate" in capsys.readouterr().err
     state = state_of(tmp_path / "checkpoint.pt")
     assert (state["stage"], state["step"]) == saved
     weights = [x for _, x in leaves(state) if isinstance(x, torch.Tensor)]
@@ -1988,7 +2000,7 @@ def test_a_full_disk(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch, "save", full)
     assert call(train, *flags(trained), "--out", tmp_path) == 2
     assert "No space left on device" in capsys.readouterr().err
-    assert not (tmp_path / "checkpoint.pt").exists()
+    assert not [file for file in tmp_path.iterdir() if file.name.startswith("checkpoint.pt")]
 
 
 class Bomb:
@@ -2157,7 +2169,7 @@ def test_posterior_and_policy_start_from_the_timetable_found(trained, monkeypatc
         return start.flip(0)
 
     monkeypatch.setattr(spread, "search_timetable", search)
-    train.search_orders(run, (torch.zeros(9, 20), torch.ones(9, 20).bool()))
+    train.search_timetable(run, torch.zeros(5, 20), torch.ones(5, 20).bool())
     assert torch.equal(run.posterior.timetable, start.flip(0))
     assert not torch.equal(start, start.flip(0))
     expected = spread.SpreadPolicy(run.config, start.flip(0))
@@ -2218,6 +2230,17 @@ def test_without_a_compiler_training_goes_on(tmp_path, trained, monkeypatch, cap
     assert alike(tmp_path / "checkpoint.pt", trained / "out" / "checkpoint.pt")
 
 
+def test_too_little_memory_is_not_taken_for_a_missing_compiler(
+    tmp_path, trained, monkeypatch, capsys
+):
+    def fail(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: fail)
+    assert call(train, *flags(trained), "--compile", "--out", tmp_path) == 2
+    complaint(capsys, "too little memory: lower --batch, or raise --accumulate")
+
+
 def test_nothing_stays_compiled_after_a_stop(tmp_path, trained, monkeypatch):
     before = mdmvi.token_log_prob, mdmvi.step_bound, mdmvi.OrderPosterior.scores
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: lambda *args: function(*args))
@@ -2231,11 +2254,16 @@ def test_accumulating_is_the_mean_of_the_parts(trained, monkeypatch):
     run, steps = train.Run(args, small_tokenizer()), []
     monkeypatch.setattr(mdmvi, "update", lambda *args: steps.append(args))
     weight = run.denoiser.trunk.norm.weight
-    parts = iter([3.0, 7.0])
-    monkeypatch.setattr(train, "stage_loss", lambda *args: (next(parts) * weight.sum(), None))
-    loss, _ = train.train_step(run, "plain", 0, 1, None, 4, [])
+    parts = iter([(3.0, 0.5), (7.0, 0.1)])
+
+    def loss_of(*args):
+        factor, kl = next(parts)
+        return factor * weight.sum(), torch.tensor(kl)
+
+    monkeypatch.setattr(train, "stage_loss", loss_of)
+    total = train.train_step(run, "plain", 0, 1, None, 4, [])
     assert torch.allclose(weight.grad, torch.full_like(weight, 5.0)) and len(steps) == 1
-    assert float(loss) == pytest.approx(5 * len(weight))
+    assert total.tolist() == pytest.approx([5 * len(weight), 0.3])
 
 
 @pytest.fixture
@@ -2249,10 +2277,6 @@ def few_problems(monkeypatch):
     monkeypatch.setitem(eval_gsm8k.TASKS, "shopping", few)
 
 
-def without_speed(rows):
-    return [{k: v for k, v in row.items() if k != "problems_per_second"} for row in rows]
-
-
 def test_the_embedded_task_end_to_end(tmp_path, few_problems, capsys):
     short = [*SHORT, "--size", "tiny", "--problems", 12, "--budget", 3]
     assert call(train, *short, "--optimizer", "adamw", "--out", tmp_path) == 0
@@ -2264,7 +2288,7 @@ def test_the_embedded_task_end_to_end(tmp_path, few_problems, capsys):
     checkpoint = ["--checkpoint", tmp_path / "checkpoint.pt", "--problems", 12, *ON_CPU]
     assert call(eval_gsm8k, *checkpoint, "--json", tmp_path / "again.json") == 0
     again = json.loads((tmp_path / "again.json").read_text())
-    assert without_speed(again) == without_speed(rows)
+    assert again == rows
     assert printed.endswith(capsys.readouterr().out)
 
 
@@ -2386,7 +2410,7 @@ BAD = [
     (eval_gsm8k, "--checkpoint foreign.pt", "damaged or not a checkpoint .*: give"),
     (eval_gsm8k, "--checkpoint tensor.pt", "damaged or not a checkpoint .*: give"),
     (eval_gsm8k, "--checkpoint old.pt", "older version: train again"),
-    (eval_gsm8k, "--checkpoint {good}", "trained on --data: give --data"),
+    (eval_gsm8k, "--checkpoint {good}", "trained on --data: give other problems"),
     (eval_gsm8k, "--checkpoint {good} --data no.jsonl", "no data at no.jsonl: give"),
     (eval_gsm8k, "--checkpoint {good} --data empty.jsonl", "empty.jsonl holds no problem: give"),
     (eval_gsm8k, "--checkpoint {good} --data bad.jsonl", "bad.jsonl line 2 is not JSON .*: mend"),
@@ -2430,19 +2454,19 @@ BAD = [
     (train, "--answers none", "--answers: invalid choice"),
     (train, "--device cuda:77", "--device cuda:77 is not there: choose"),
     (train, "--bud 3", "unrecognized arguments"),
-    (train, "--max-len 20 --canvas-len 20", "--canvas-len 20 leaves no prompt in --max-len 20"),
+    (train, f"{TRAIN} new --max-len 20 --canvas-len 20", "no problem fits: raise"),
     (train, "--batch 4 --accumulate 3", "--accumulate 3 must divide --batch and --order-batch"),
     (train, "--batch 6 --order-batch 4 --accumulate 3", "--accumulate 3 must divide"),
     (train, "--tau 0", "--tau must be above 0"),
     (train, "--orders free", "--orders free cannot start from .*: give --search 0"),
     (train, "--orders spread --order-lr 0", "trains the denoiser only: --order-lr must be above 0"),
     (train, "--steps 5 --middle-steps 6", "--middle-steps 6 is above --steps 5"),
-    (train, "--init x", "--init needs --size 170m"),
+    (train, f"{TRAIN} new --init x", "cannot read tokenizer.json: put"),
     (train, "--data few.jsonl --out new", "few.jsonl has 9 problems: at least 10"),
     (train, f"{TRAIN} new --max-len 8 --canvas-len 4", "no problem fits: raise"),
-    (train, f"{TRAIN} file/out", "cannot write to the folder file/out .*: give another --out"),
-    (train, f"{TRAIN} file", "cannot write to the folder file .*: give another --out"),
-    (train, f"{TRAIN} /proc/no", "cannot write to the folder /proc/no .*: give another --out"),
+    (train, f"{TRAIN} file/out", "file/out.: give another file or folder"),
+    (train, f"{TRAIN} file", "'file': give another file or folder"),
+    (train, f"{TRAIN} /proc/no", "'/proc/no': give another file or folder"),
     (train, f"{TRAIN} {{out}}", "checkpoint.pt exists: pass --resume, or another --out"),
     (train, f"{TRAIN} none --resume", "no checkpoint at none/checkpoint.pt: give"),
     (train, f"{AGAIN} --tau 0.2", "has --tau 0.1, not 0.2: give its"),
@@ -2654,7 +2678,8 @@ def test_a_checkpoint_whose_parts_do_not_fit(trained, tmp_path, capsys, name):
     "damage",
     [without("plain"), without("optimizers"), without("args")]
     + [changed("stage", value="end"), changed("step", value="x"), changed("generator", value=5)]
-    + [changed("optimizers", value=[{}]), changed("generator", value=torch.ones(3))],
+    + [changed("optimizers", value=[{}]), changed("generator", value=torch.ones(3))]
+    + [changed("generator", value=torch.zeros(16, dtype=torch.uint8))],  # as CUDA has it
 )
 def test_resuming_a_checkpoint_whose_parts_do_not_fit(trained, tmp_path, capsys, damage):
     state = state_of(trained / "out" / "plain.pt")
@@ -2665,6 +2690,17 @@ def test_resuming_a_checkpoint_whose_parts_do_not_fit(trained, tmp_path, capsys,
     assert call(train, *flags(trained), "--out", tmp_path, "--resume") == 2
     complaint(capsys, "damaged|does not fit")
     assert contents(tmp_path) == before
+
+
+def test_starting_from_a_run_on_another_device(trained, tmp_path):
+    state = state_of(trained / "out" / "plain.pt")
+    start = ["--start", trained / "out" / "plain.pt", "--out"]
+    assert call(train, *flags(trained), *start, tmp_path / "a") == 0
+    state["generator"] = torch.zeros(16, dtype=torch.uint8)  # as CUDA has it
+    torch.save(state, tmp_path / "plain.pt")
+    start[1] = tmp_path / "plain.pt"
+    assert call(train, *flags(trained), *start, tmp_path / "b") == 0
+    assert alike(tmp_path / "a" / "checkpoint.pt", tmp_path / "b" / "checkpoint.pt")
 
 
 # ------------------------------------------------------------------------------------------------

@@ -46,6 +46,7 @@ STAGES = ("plain", "baseline", "order", "done")
 MIDDLE = (0.2, 0.7)  # mask rates: below, a sum can be copied; above, its numbers are hidden
 SEARCH_STEPS, SEARCH_BATCH = 200, 32  # the posterior's training on the runs that were searched
 TIMETABLE_PASSES = 400  # of the search for a timetable, on each of its problems
+HELD_OUT = 256  # problems of a file that are not trained on, and those that bounds are of
 SAVE_COST = 0.02  # the share of the time that saving may take
 FREE = {"out", "resume", "start", "device", "compile", "problems"}  # may differ when a run goes on
 STAGE_1 = ("answers", "size", "init", "max_len", "canvas_len")  # may not differ from --start's run
@@ -59,7 +60,7 @@ class Args:
     answers: Literal["equations", "full"] = "equations"  # of --data: the <<...>> notes, or all
     out: str = "out"  # folder for checkpoint.pt, plain.pt, log.jsonl and results.json
     resume: bool = False  # go on from OUT/checkpoint.pt
-    start: str = None  # plain.pt of another run: take stage 1 and baseline from it
+    start: str = None  # plain.pt of another run: stage 1 and baseline, as that run's flags had it
     seed: whole = 0  # seed of the weights and of every draw
     size: Literal[tuple(SIZES)] = "small"  # shape of the model
     init: str = None  # start from smdm-170m, or a folder with SMDM .safetensors and tokenizer.json
@@ -81,7 +82,7 @@ class Args:
     estimator: Literal["importance", "uniform"] = "importance"  # stage 2: uniform is the paper's
     optimizer: Literal["muon", "adamw"] = "muon"  # muon leaves what is no block matrix to AdamW
     accumulate: positive = 1  # split each step into so many micro-batches
-    problems: whole = 500  # held-out problems in the closing table; 0: no table
+    problems: whole = 500  # held-out problems in the closing table (of a file 256); 0: no table
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cpu, cuda, cuda:1, ...
     compile: bool = torch.cuda.is_available()  # torch.compile passes, bound and posterior
 
@@ -112,12 +113,6 @@ def parse_args(argv=None):
             raise UserError("--orders spread trains the denoiser only: --order-lr must be above 0")
     if args.middle_steps > args.steps:
         raise UserError(f"--middle-steps {args.middle_steps} is above --steps {args.steps}")
-    if args.canvas_len >= args.max_len:
-        raise UserError(
-            f"--canvas-len {args.canvas_len} leaves no prompt in --max-len {args.max_len}"
-        )
-    if args.init and args.size != "170m":
-        raise UserError("--init needs --size 170m")
     eval_gsm8k.check_device(args.device)
     return args
 
@@ -132,15 +127,10 @@ class Run:
 
     def __init__(self, args, tokenizer):
         self.args, self.tokenizer, self.device = args, tokenizer, torch.device(args.device)
-        self.config = mdmvi.ModelConfig(
-            tokenizer.vocab_size,
-            args.max_len,
-            *SIZES[args.size],
-            tokenizer.mask_id,
-            tokenizer.eos_id,
-            args.canvas_len,
-            rope_bf16=args.init is not None,
-        )
+        shape = (tokenizer.vocab_size, args.max_len, *SIZES[args.size])
+        ids = (tokenizer.mask_id, tokenizer.eos_id)
+        rope_bf16 = args.init is not None
+        self.config = mdmvi.ModelConfig(*shape, *ids, args.canvas_len, rope_bf16)
         torch.manual_seed(args.seed)
         self.denoiser = mdmvi.Denoiser(self.config).to(self.device)
         self.policy = self.posterior = self.plain = None  # plain: the baseline's denoiser
@@ -174,6 +164,7 @@ class Run:
             torch.save(state, f"{path}.tmp")
             os.replace(f"{path}.tmp", path)
         except (OSError, RuntimeError) as error:
+            Path(f"{path}.tmp").unlink(missing_ok=True)
             reason = " ".join(str(error).split())[:100]
             raise UserError(f"cannot write {path} ({reason}): make room, then go on with --resume")
 
@@ -189,21 +180,24 @@ class Run:
             raise UserError(f"{path} has another vocabulary: give the --data it was trained with")
         self.denoiser, self.policy, self.posterior, self.plain = models
         try:
-            self.generator.set_state(state["generator"].cpu())
             self.stage, self.step = STAGES[STAGES.index(state["stage"])], int(state["step"])
             self.logged, self.optimizers = int(state["logged"]), list(state["optimizers"])
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
+            if self.args.resume:
+                self.generator.set_state(state["generator"].cpu())
+        except RuntimeError:
+            where = f"does not fit the device {self.device}: go on where it was written"
+            raise UserError(f"{path} has a generator that {where}, or use --start")
+        except (AttributeError, KeyError, TypeError, ValueError):
             raise UserError(f"{path} is damaged (generator or stage): train again")
 
 
 def load_problems(args):
     """(training problems, held-out problems), never overlapping."""
-    wanted = max(args.problems, 256)
     if args.data in eval_gsm8k.TASKS:
         draw = eval_gsm8k.TASKS[args.data]
-        return draw(60_000, 0, False), draw(wanted, 1, True)
+        return draw(60_000, 0, False), draw(max(args.problems, HELD_OUT), 1, True)
     problems = eval_gsm8k.load_gsm8k(args.data, args.answers)
-    held_out = min(wanted, len(problems) // 10)
+    held_out = min(HELD_OUT, len(problems) // 10)
     if held_out == 0:
         raise UserError(f"{args.data} has {len(problems)} problems: at least 10 are needed")
     order = torch.randperm(len(problems), generator=torch.Generator().manual_seed(0)).tolist()
@@ -259,14 +253,15 @@ def pick(data, n, generator):
 
 
 def stage_loss(run, stage, data, n):
-    """(loss, kl or None) of a stage, on n problems drawn from data = (tokens, canvas)."""
+    """(loss, kl) of a stage, on n problems drawn from data = (tokens, canvas)."""
     args, generator = run.args, run.generator
     tokens, canvas = pick(data, n, generator)
     if stage != "order":
         denoiser = run.denoiser if stage == "plain" else run.plain
         middle = stage == "plain" and run.step < args.middle_steps
         rates = MIDDLE if middle else (0.0, 1.0)
-        return mdmvi.mdm_loss(denoiser, tokens.long(), canvas, generator, rates), None
+        loss = mdmvi.mdm_loss(denoiser, tokens.long(), canvas, generator, rates)
+        return loss, torch.zeros_like(loss)
     networks = (run.denoiser, run.policy, run.posterior)
     estimator = {"importance": mdmvi.importance_order_loss, "uniform": mdmvi.order_loss}
     return estimator[args.estimator](
@@ -275,15 +270,15 @@ def stage_loss(run, stage, data, n):
 
 
 def train_step(run, stage, step, steps, data, n, optimizers):
-    """One update on n problems, in micro-batches: (loss, kl or None), still on the device."""
+    """One update on n problems, in micro-batches: loss and kl [2], still on the device."""
     total, parts = 0.0, run.args.accumulate
     for _ in range(parts):
         with autocast(run.device):
             loss, kl = stage_loss(run, stage, data, n // parts)
         (loss / parts).backward()
-        total = total + loss.detach() / parts
+        total = total + torch.stack((loss.detach(), kl)) / parts
     mdmvi.update(optimizers, step, steps)
-    return total, kl
+    return total
 
 
 @contextlib.contextmanager
@@ -316,6 +311,8 @@ def compiles(run, stage, data, n):
             loss, _ = stage_loss(run, stage, data, n // run.args.accumulate)
         loss.backward()
         return True
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # a compiler that is missing or broken raises many kinds
         reason = type(error).__name__
         print(f"torch.compile does not work here ({reason}): going on without it", file=sys.stderr)
@@ -345,22 +342,22 @@ def train_stage(run, data, stop, log):
         total, since, began = 0.0, 0, time.perf_counter()
         saved, cost = time.perf_counter(), 1.0
         while run.step < steps:
-            loss, kl = train_step(run, stage, run.step, steps, data, n, optimizers)
-            total, since = total + loss, since + 1
+            total = total + train_step(run, stage, run.step, steps, data, n, optimizers)
+            since += 1
             run.step += 1
             bar.update()
             saving = stop or time.perf_counter() - saved > cost / SAVE_COST
             if saving or run.step % 20 == 0 or run.step == steps:
-                mean = float(total) / since  # the only place that waits for the device
-                if not math.isfinite(mean):
+                loss, kl = (total / since).tolist()  # the only place that waits for the device
+                if not math.isfinite(loss):
                     raise UserError(
-                        f"loss is {mean} at {stage} step {run.step}: {path} is as last saved; "
-                        "lower the learning rate"
+                        f"loss is {loss} at {stage} step {run.step}: {path} is as last saved; "
+                        "train again with a lower learning rate and another --out"
                     )
                 rate = since / (time.perf_counter() - began)
-                bar.set_postfix_str(f"loss {mean:.4f}", refresh=False)
-                row = {"stage": stage, "step": run.step, "loss": mean, "steps_per_second": rate}
-                row |= {} if kl is None else {"kl": float(kl)}
+                bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+                row = {"stage": stage, "step": run.step, "loss": loss, "kl": kl}
+                row["steps_per_second"] = rate
                 print(json.dumps(row), file=log, flush=True)
                 run.logged = log.tell()
                 total, since, began = 0.0, 0, time.perf_counter()
@@ -373,13 +370,8 @@ def train_stage(run, data, stop, log):
                 raise KeyboardInterrupt(f"stopped at {stage} step {run.step}; go on with --resume")
 
 
-def search_orders(run, data):
-    """Orders to start from: what is best for some training problems under the denoiser."""
-    args = run.args
-    tokens, canvas = pick(data, args.search, run.generator)
-    if args.orders == "runs":
-        search_cuts(run, tokens, canvas)
-        return
+def search_timetable(run, tokens, canvas):
+    """Posterior and policy take the timetable that is best for some problems under the denoiser."""
     start = run.posterior.timetable
     with autocast(run.device):
         timetable = spread.search_timetable(
@@ -390,7 +382,7 @@ def search_orders(run, data):
 
 
 def search_cuts(run, tokens, canvas):
-    """The posterior learns which cuts of some problems are best."""
+    """The posterior learns which cuts of some problems are best under the denoiser."""
     args, values = run.args, []
     parts = list(zip(tokens.split(64), canvas.split(64)))
     for x, on in tqdm(parts, desc="search", unit="batch", mininterval=1.0):
@@ -425,7 +417,8 @@ def train(run, data):
                 signal.signal(signal.SIGINT, signal.default_int_handler)  # here all is saved
                 run.begin_orders()
                 if args.search and args.budget > 1:
-                    search_orders(run, data)
+                    search = search_cuts if args.orders == "runs" else search_timetable
+                    search(run, *pick(data, args.search, run.generator))
             signal.signal(signal.SIGINT, lambda *_: sys.exit(130) if stop else stop.append(1))
             train_stage(run, data, stop, log)
             run.stage, run.step = after[run.stage], 0
@@ -441,7 +434,9 @@ def print_bounds(run, problems):
     """The bounds of learned and of uniformly random orders on held-out problems."""
     args = run.args
     tokens, canvas, fits = eval_gsm8k.encode_problems(problems, run.tokenizer, run.config)
-    tokens, canvas = tokens[fits][:256].long().to(run.device), canvas[fits][:256].to(run.device)
+    tokens, canvas = (x[fits][:HELD_OUT].to(run.device) for x in (tokens.long(), canvas))
+    if len(tokens) == 0:
+        return
     generator = torch.Generator(run.device).manual_seed(args.seed)
     data, bounds = (tokens, canvas, args.budget), {}
     if run.policy is not None:
@@ -456,23 +451,12 @@ def print_bounds(run, problems):
         print(f"  {name:35}{float(nats.sum() / canvas.sum()):.4f}")
 
 
-def prepare_folder(args):
-    """Make the output folder, or raise UserError if that cannot be or would overwrite a run."""
-    out = Path(args.out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / ".writable").touch()
-        (out / ".writable").unlink()
-    except OSError as error:
-        raise UserError(f"cannot write to the folder {out} ({error.strerror}): give another --out")
-    if (out / "checkpoint.pt").exists() and not args.resume:
-        raise UserError(f"{out}/checkpoint.pt exists: pass --resume, or another --out")
-    return out
-
-
 def main(argv=None):
     args = parse_args(argv)
-    out = prepare_folder(args)
+    out = Path(args.out)
+    if (out / "checkpoint.pt").exists() and not args.resume:
+        raise UserError(f"{out}/checkpoint.pt exists: pass --resume, or another --out")
+    out.mkdir(parents=True, exist_ok=True)
     problems, held_out = load_problems(args)
     run = Run(args, make_tokenizer(args, problems))
     if args.init:
@@ -482,12 +466,9 @@ def main(argv=None):
         raise UserError("no problem fits: raise --max-len or --canvas-len")
     data = (tokens[fits].to(run.device), canvas[fits].to(run.device))
     count = sum(p.numel() for p in run.denoiser.parameters())
-    print(
-        f"{len(data[0]):,} problems ({len(fits) - len(data[0]):,} do not fit), vocabulary "
-        f"{run.tokenizer.vocab_size}, {count / 1e6:.2f}M parameters, seed {args.seed}, "
-        f"{run.device}",
-        flush=True,
-    )
+    size = f"vocabulary {run.tokenizer.vocab_size}, {count / 1e6:.2f}M parameters"
+    fit = f"{len(data[0]):,} problems ({fits.count(False):,} do not fit)"
+    print(f"{fit}, {size}, seed {args.seed}, {run.device}", flush=True)
     if args.resume:
         run.load(out / "checkpoint.pt", [name for name in asdict(args) if name not in FREE])
     elif args.start:

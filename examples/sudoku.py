@@ -34,7 +34,6 @@ from eval_gsm8k import (
     positive,
     run_main,
     wilson,
-    write_file,
 )
 from examples.muon import make_optimizers
 
@@ -421,7 +420,7 @@ def main(argv=None):
     print(f"  learned order          {learned:.4f}\n  uniform random order   {uniform:.4f}")
     print_table(rows)
     if args.json:
-        write_file(args.json, json.dumps(rows, indent=1) + "\n")
+        Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

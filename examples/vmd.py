@@ -31,7 +31,6 @@ from eval_gsm8k import (
     positive,
     run_main,
     wilson,
-    write_file,
 )
 from examples import sudoku
 
@@ -409,7 +408,7 @@ def main(argv=None):
         rows = [row for kind in kinds for row in run_pairs(kind, recipe, args.seed, args.device)]
         print_pairs(rows, recipe)
     if args.json:
-        write_file(args.json, json.dumps(rows, indent=1) + "\n")
+        Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

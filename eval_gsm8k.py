@@ -579,6 +579,7 @@ def main(argv=None):
 
 
 def complain(message):
+    """Leave with one line on stderr and exit code 2."""
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(2)
 

@@ -2266,6 +2266,14 @@ def test_accumulating_is_the_mean_of_the_parts(trained, monkeypatch):
     assert total.tolist() == pytest.approx([5 * len(weight), 0.3])
 
 
+def test_no_bounds_where_no_held_out_problem_fits(trained, capsys):
+    run = train.Run(train.parse_args([*map(str, flags(trained))]), small_tokenizer())
+    train.print_bounds(run, [{"question": "too long" * 99, "answer": "#### 1"}])
+    assert capsys.readouterr().out == ""
+    train.print_bounds(run, [{"question": "Ann has 2", "answer": "<<2+3=5>> #### 5"}])
+    assert "uniform random order, same model" in capsys.readouterr().out
+
+
 @pytest.fixture
 def few_problems(monkeypatch):
     """Training sets of the embedded task with 300 problems instead of 60,000."""

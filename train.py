@@ -166,7 +166,7 @@ class Run:
         except (OSError, RuntimeError) as error:
             Path(f"{path}.tmp").unlink(missing_ok=True)
             reason = " ".join(str(error).split())[:100]
-            raise UserError(f"cannot write {path} ({reason}): make room, then go on with --resume")
+            raise UserError(f"cannot write {path} ({reason}): make room, or give another --out")
 
     def load(self, path, same):
         """Go on from a checkpoint. Raises UserError where the flags `same` or its text differ."""

@@ -31,7 +31,7 @@ from examples import spread
 from examples.arithmetic import TASKS
 
 SEPARATOR = "||"  # between question and answer, as in SMDM's fine-tuning data
-VERSION = 6  # of the checkpoints
+VERSION = 7  # of the checkpoints
 RULES = [rule for rule in mdmvi.STRATEGIES if rule != "learned"]
 RULES += [f"{rule}+eos" for rule in mdmvi.CONFIDENCE_RULES]  # eos_aware
 os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its client would tell of each of its tries
@@ -278,13 +278,15 @@ class Models(NamedTuple):
 
 
 def make_orders(kind, config, budget):
-    """A new (policy, posterior): "runs" from the left, "spread", or "free" as in the paper."""
+    """A new (policy, posterior): "runs" from the left, "spread" over the text, or one score for
+    each position, "free" with a policy that sees places, "paper" with the paper's networks (R)."""
     if kind == "runs":
         return mdmvi.RunPolicy(config), mdmvi.RunPosterior(config)
     if kind == "spread":
         posterior = spread.SpreadPosterior(config, budget)
         return spread.SpreadPolicy(config, posterior.timetable), posterior
-    return mdmvi.UnmaskPolicy(config), mdmvi.OrderPosterior(config)
+    policy = mdmvi.PlacePolicy if kind == "free" else mdmvi.UnmaskPolicy
+    return policy(config), mdmvi.OrderPosterior(config)
 
 
 def load_checkpoint(path, device="cpu"):

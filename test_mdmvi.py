@@ -1109,7 +1109,7 @@ def test_compiled_loss_is_the_eager_one(backend):
         assert torch.allclose(eager, other, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["runs", "spread", "free"])
+@pytest.mark.parametrize("kind", ["runs", "spread", "free", "paper"])
 def test_a_pass_on_a_gpu_is_one_graph(kind):
     """fullgraph raises where the capture breaks, as it would where the host needs a value."""
     model, data = tiny_denoiser(canvas_len=5).to("meta"), [x.to("meta") for x in some_problems()]
@@ -2029,8 +2029,7 @@ def test_another_budget_starts_from_stage_1(trained, tmp_path):
     for orders in ("free", "spread"):
         again = [tmp_path / orders / name for name in "ab"]
         for out in again:  # with other flags of stage 2, and not depending on what ran before
-            search = 0 if orders == "free" else 2
-            more = ["--orders", orders, "--search", search, "--tau", 0.2, "--order-batch", 3]
+            more = ["--orders", orders, "--search", 2, "--tau", 0.2, "--order-batch", 3]
             assert call(train, *flags(trained), *more, *start, out) == 0
         assert alike(again[0] / "checkpoint.pt", again[1] / "checkpoint.pt")
     for run, copied in ((tmp_path / "a", True), (tmp_path / "free", False)):
@@ -2038,12 +2037,15 @@ def test_another_budget_starts_from_stage_1(trained, tmp_path):
         before = state_of(trained / "out" / "plain.pt")["denoiser"]
         words = [state["trunk.wte.weight"] for state in (before, after)]
         assert torch.equal(*words) == copied  # and frozen
-    for orders in ("free", "runs"):
-        args = [*map(str, flags(trained)), "--orders", orders, "--search", "0"]
+    for orders in ("free", "paper", "runs"):
+        args = [*map(str, flags(trained)), "--orders", orders, "--head-lr", "0.06"]
         run = train.Run(train.parse_args(args), small_tokenizer())
         run.begin_orders()
-        train.stage_groups(run, "order")
-        assert run.posterior.trunk.wte.weight.requires_grad == (orders == "free")
+        groups, _, _ = train.stage_groups(run, "order")
+        peaks = {group["network"]: group["peak"] for group in groups}
+        posterior_lr = pytest.approx(0.06 if orders == "free" else 0.006)
+        assert peaks == {"denoiser": 1e-3, "policy": 0.06, "posterior": posterior_lr}
+        assert run.posterior.trunk.wte.weight.requires_grad == (orders != "runs")
 
 
 @pytest.mark.parametrize(
@@ -2127,7 +2129,8 @@ LOSS_NAMES = ("mdm_loss", "cut_loss", "importance_order_loss", "order_loss")
         ("--search 0", [6] * 5, [], [2] * 5, []),
         ("--budget 1", [6] * 5, [], [2] * 5, []),
         ("--estimator uniform", [4] * 13, [32] * 3, [], [2] * 5),
-        ("--estimator uniform --orders free --search 0", [4] * 5, [], [], [2] * 5),
+        ("--estimator uniform --orders paper", [4] * 5, [], [], [2] * 5),
+        ("--orders free", [6] * 5, [], [2] * 5, []),
         ("--orders spread", [4] * 9, [], [2] * 5, []),
         ("--orders spread --search 0", [4] * 5, [], [2] * 5, []),
         ("--accumulate 2", [3] * 22, [32] * 3, [1] * 10, []),
@@ -2152,9 +2155,14 @@ def test_what_is_trained_on_which_flags(
     assert [sizes[name] for name in LOSS_NAMES[1:]] == [known, importance, uniform]
     assert len(searched) == (more == "--orders spread")
     models = eval_gsm8k.load_checkpoint(tmp_path / "checkpoint.pt")[2]
-    kinds = {"free": mdmvi.OrderPosterior, "spread": spread.SpreadPosterior}
-    expected = [kind for name, kind in kinds.items() if name in more] or [mdmvi.RunPosterior]
-    assert type(models.posterior) is expected[0]
+    kinds = {
+        "free": (mdmvi.PlacePolicy, mdmvi.OrderPosterior),
+        "paper": (mdmvi.UnmaskPolicy, mdmvi.OrderPosterior),
+        "spread": (spread.SpreadPolicy, spread.SpreadPosterior),
+    }
+    runs = (mdmvi.RunPolicy, mdmvi.RunPosterior)
+    expected = next((kind for name, kind in kinds.items() if name in more), runs)
+    assert (type(models.policy), type(models.posterior)) == expected
 
 
 def test_posterior_and_policy_start_from_the_timetable_found(trained, monkeypatch):
@@ -2466,7 +2474,6 @@ BAD = [
     (train, "--batch 4 --accumulate 3", "--accumulate 3 must divide --batch and --order-batch"),
     (train, "--batch 6 --order-batch 4 --accumulate 3", "--accumulate 3 must divide"),
     (train, "--tau 0", "--tau must be above 0"),
-    (train, "--orders free", "--orders free cannot start from .*: give --search 0"),
     (train, "--orders spread --order-lr 0", "trains the denoiser only: --order-lr must be above 0"),
     (train, "--steps 5 --middle-steps 6", "--middle-steps 6 is above --steps 5"),
     (train, f"{TRAIN} new --init x", "cannot read tokenizer.json: put"),

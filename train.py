@@ -74,11 +74,11 @@ class Args:
     order_batch: positive = 16  # stage 2: problems a step
     paths: positive = 3  # stage 2: paths a problem, K (spread: always 1, as all are alike)
     order_lr: amount = 1e-3  # stage 2, baseline: peak rate of the denoiser; 0 leaves it frozen
-    head_lr: amount = 3e-3  # stage 2: peak rate of policy and search (posterior: a tenth)
-    search: whole = 512  # stage 2: problems on which the first orders are searched; 0: none
+    head_lr: amount = 3e-3  # stage 2: peak rate of policy, search, free posterior (others: a tenth)
+    search: whole = 512  # stage 2: problems to search the first orders on (free, paper: 0)
     budget: positive = 5  # stage 2: steps of generation, T
     tau: amount = 0.1  # stage 2: temperature of the posterior
-    orders: Literal["runs", "spread", "free"] = "runs"  # stage 2: kind of order; free: the paper's
+    orders: Literal["runs", "spread", "free", "paper"] = "runs"  # stage 2: kind of order
     estimator: Literal["importance", "uniform"] = "importance"  # stage 2: uniform is the paper's
     optimizer: Literal["muon", "adamw"] = "muon"  # muon leaves what is no block matrix to AdamW
     accumulate: positive = 1  # split each step into so many micro-batches
@@ -105,8 +105,8 @@ def parse_args(argv=None):
         raise UserError("--tau must be above 0")
     if args.batch % args.accumulate or args.order_batch % args.accumulate:
         raise UserError(f"--accumulate {args.accumulate} must divide --batch and --order-batch")
-    if args.orders == "free" and args.search:
-        raise UserError("--orders free cannot start from what is searched: give --search 0")
+    if args.orders in ("free", "paper"):
+        args.search = 0
     if args.orders == "spread":
         args.paths = 1
         if args.order_steps and args.order_lr == 0:
@@ -242,7 +242,8 @@ def stage_groups(run, stage):
     if args.orders == "runs":
         run.posterior.trunk.wte.requires_grad_(False)  # as in start_from
     networks = (run.denoiser, run.policy, run.posterior)
-    groups = mdmvi.parameter_groups(*networks, args.order_lr, args.head_lr, args.head_lr / 10)
+    posterior_lr = args.head_lr / (1 if args.orders == "free" else 10)
+    groups = mdmvi.parameter_groups(*networks, args.order_lr, args.head_lr, posterior_lr)
     return groups, args.order_steps, args.order_batch
 
 

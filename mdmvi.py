@@ -716,24 +716,26 @@ def importance_order_loss(
     return -(value / length).mean(), (kl / length).mean()
 
 
-def parameter_groups(denoiser, policy, posterior, lr=1e-3, policy_lr=3e-3, posterior_lr=3e-4):
+def parameter_groups(
+    denoiser, policy, posterior, lr=1e-3, policy_lr=3e-3, posterior_lr=3e-4, warm_up=0.2
+):
     """Parameter groups of stage 2 for any optimiser, a network each, with its peak learning rate.
 
     "params" are pairs (name, parameter), as torch's optimisers take them. A frozen denoiser (or one
-    that is no nn.Module) has no group. Beside a policy the posterior warms up over a fifth of the
-    steps: what the policy cannot foretell yet costs KL, and the order would be given up for that.
+    that is no nn.Module) has no group. warm_up: the posterior's share of the steps, beside a
+    policy. What that cannot foretell yet costs KL, and a searched order would be given up for it.
     """
     groups = []
-    for name, network, peak, warm_up in (
+    for name, network, peak, share in (
         ("denoiser", denoiser, lr, 0.01),
         ("policy", policy, policy_lr, 0.01),
-        ("posterior", posterior, posterior_lr, 0.01 if policy is None else 0.2),
+        ("posterior", posterior, posterior_lr, 0.01 if policy is None else warm_up),
     ):
         named = network.named_parameters() if isinstance(network, nn.Module) else ()
         params = [(key, p) for key, p in named if p.requires_grad]
         if params:
             group = {"params": params, "lr": peak, "peak": peak}
-            groups.append({**group, "network": name, "warm_up": warm_up})
+            groups.append({**group, "network": name, "warm_up": share})
     return groups
 
 

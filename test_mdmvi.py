@@ -836,6 +836,7 @@ def test_the_posterior_waits_for_the_policy():
     rates = []
     for groups in (
         mdmvi.parameter_groups(*networks),
+        mdmvi.parameter_groups(*networks, warm_up=0.05),
         mdmvi.parameter_groups(None, None, networks[2]),
     ):
         optimizer = torch.optim.SGD(groups)
@@ -845,7 +846,7 @@ def test_the_posterior_waits_for_the_policy():
             mdmvi.update([optimizer], step, 1000)
             falling = 0.01 + 0.99 * (0.5 + 0.5 * math.cos(math.pi * step / 1000))
             rates.append([g["lr"] / g["peak"] / falling for g in optimizer.param_groups][-1])
-    assert rates == pytest.approx([0.005, 0.25, 0.5, 1.0, 0.1, 1.0, 1.0, 1.0])
+    assert rates == pytest.approx([0.005, 0.25, 0.5, 1.0, 0.02, 1.0, 1.0, 1.0, 0.1, 1.0, 1.0, 1.0])
 
 
 def test_run_posterior():
@@ -2045,6 +2046,7 @@ def test_another_budget_starts_from_stage_1(trained, tmp_path):
         peaks = {group["network"]: group["peak"] for group in groups}
         posterior_lr = pytest.approx(0.06 if orders == "free" else 0.006)
         assert peaks == {"denoiser": 1e-3, "policy": 0.06, "posterior": posterior_lr}
+        assert groups[-1]["warm_up"] == (0.05 if orders == "free" else 0.2)
         assert run.posterior.trunk.wte.weight.requires_grad == (orders != "runs")
 
 

@@ -242,8 +242,10 @@ def stage_groups(run, stage):
     if args.orders == "runs":
         run.posterior.trunk.wte.requires_grad_(False)  # as in start_from
     networks = (run.denoiser, run.policy, run.posterior)
-    posterior_lr = args.head_lr / (1 if args.orders == "free" else 10)
-    groups = mdmvi.parameter_groups(*networks, args.order_lr, args.head_lr, posterior_lr)
+    # Free scores begin as noise: there is no order yet that could be given up
+    rate, warm_up = (1, 0.05) if args.orders == "free" else (0.1, 0.2)
+    rates = (args.order_lr, args.head_lr, rate * args.head_lr)
+    groups = mdmvi.parameter_groups(*networks, *rates, warm_up)
     return groups, args.order_steps, args.order_batch
 
 

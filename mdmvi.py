@@ -555,7 +555,7 @@ def generate(
 
 # ------------------------------------------------------------------------------------------------
 # 5. Beyond the paper, whose networks need 5,000 steps on the default task. What helps in 500:
-#      PlacePolicy               the policy sees which places are masked; free scores learn with it
+#      PlacePolicy               the policy sees which places are masked; free scores need 1,500
 #      RunPosterior, RunPolicy   an order is a cut of the canvas into runs, from the left
 #      run_log_prob, cut_loss    the best cuts under the denoiser, by dynamic programming
 #      importance_order_loss     f_0 exact, a later step drawn where paths go on: less variance

@@ -75,7 +75,7 @@ class Args:
     paths: positive = 3  # stage 2: paths a problem, K (spread: always 1, as all are alike)
     order_lr: amount = 1e-3  # stage 2, baseline: peak rate of the denoiser; 0 leaves it frozen
     head_lr: amount = 3e-3  # stage 2: peak rate of policy, search, free posterior (others: a tenth)
-    search: whole = 512  # stage 2: problems to search the first orders on (free, paper: 0)
+    search: whole = 512  # stage 2: problems to search the first orders on (free, paper: always 0)
     budget: positive = 5  # stage 2: steps of generation, T
     tau: amount = 0.1  # stage 2: temperature of the posterior
     orders: Literal["runs", "spread", "free", "paper"] = "runs"  # stage 2: kind of order
@@ -242,7 +242,7 @@ def stage_groups(run, stage):
     if args.orders == "runs":
         run.posterior.trunk.wte.requires_grad_(False)  # as in start_from
     networks = (run.denoiser, run.policy, run.posterior)
-    # Free scores begin as noise: there is no order yet that could be given up
+    # Free scores begin as noise: no order could be given up. "paper" keeps what RESULTS.md has
     rate, warm_up = (1, 0.05) if args.orders == "free" else (0.1, 0.2)
     rates = (args.order_lr, args.head_lr, rate * args.head_lr)
     groups = mdmvi.parameter_groups(*networks, *rates, warm_up)

@@ -78,7 +78,7 @@ class Args:
     search: whole = 512  # stage 2: problems to search the first orders on (free, paper: always 0)
     budget: positive = 5  # stage 2: steps of generation, T
     tau: amount = 0.1  # stage 2: temperature of the posterior
-    orders: Literal["runs", "spread", "free", "paper"] = "runs"  # stage 2: kind of order
+    orders: Literal["runs", "spread", "free", "paper"] = "runs"  # stage 2: kind; paper: the paper's
     estimator: Literal["importance", "uniform"] = "importance"  # stage 2: uniform is the paper's
     optimizer: Literal["muon", "adamw"] = "muon"  # muon leaves what is no block matrix to AdamW
     accumulate: positive = 1  # split each step into so many micro-batches

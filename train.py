@@ -21,6 +21,7 @@ import signal
 import sys
 import time
 from argparse import BooleanOptionalAction
+from collections import Counter
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal, get_args
@@ -197,15 +198,21 @@ def load_problems(args):
         draw = eval_gsm8k.TASKS[args.data]
         return draw(60_000, 0, False), draw(max(args.problems, HELD_OUT), 1, True)
     problems = eval_gsm8k.load_gsm8k(args.data, args.answers)
-    held_out = min(HELD_OUT, len(problems) // 10)
-    if held_out == 0:
+    limit = len(problems) // 10
+    if limit == 0:
         raise UserError(f"{args.data} has {len(problems)} problems: at least 10 are needed")
     order = torch.randperm(len(problems), generator=torch.Generator().manual_seed(0)).tolist()
-    # Variants of one problem differ in their numbers only: keep them on one side of the split.
+    # Variants of one problem differ in their numbers only: keep them on one side of the split,
+    # but do not take more than a tenth of the problems away from training for it.
     words = ["".join(filter(str.isalpha, problem["question"])) for problem in problems]
-    seen = {words[i] for i in order[:held_out]}
-    training = [problems[i] for i in order[held_out:] if words[i] not in seen]
-    return training, [problems[i] for i in order[:held_out]]
+    variants, seen, held_out, room = Counter(words), set(), [], limit
+    for i in order:
+        more = 0 if words[i] in seen else variants[words[i]]
+        if len(held_out) < min(HELD_OUT, limit) and (more <= room or not seen):
+            held_out.append(problems[i])
+            seen.add(words[i])
+            room -= more
+    return [problems[i] for i in order if words[i] not in seen], held_out
 
 
 def make_tokenizer(args, problems):

@@ -265,10 +265,12 @@ def make_networks(box, size, seed, device):
 
 def train_denoiser(denoiser, data, steps, batch, generator):
     """Stage 1: the plain loss on data = (tokens, canvas); the denoiser is frozen after it."""
+    # A GPU would wait for the host to launch the operations of a small model one by one
+    model = torch.compile(denoiser) if generator.device.type == "cuda" else denoiser
 
     def loss_of():
         with train.autocast(generator.device):
-            return mdmvi.mdm_loss(denoiser, *train.pick(data, batch, generator), generator)
+            return mdmvi.mdm_loss(model, *train.pick(data, batch, generator), generator)
 
     minimise(mdmvi.parameter_groups(denoiser, None, None, LR), loss_of, steps, "denoiser")
     denoiser.eval().requires_grad_(False)

@@ -58,6 +58,7 @@ def solutions(grid, box, limit, rng=None):
     rng: a random.Random that picks the order in which a cell's values are tried.
     """
     side, unit_of = box[0] * box[1], units(box)
+    row, column, square = zip(*unit_of)
     free = [(1 << side) - 1] * (3 * side)  # bit v of a unit is set while v + 1 is not in it
     grid, found = list(grid), []
     for i, value in enumerate(grid):
@@ -65,16 +66,14 @@ def solutions(grid, box, limit, rng=None):
             for unit in unit_of[i]:
                 free[unit] &= ~(1 << (value - 1))
 
-    def choices(i):
-        row, column, square = unit_of[i]
-        return free[row] & free[column] & free[square]
-
     def search(blanks):
         if not blanks:
             found.append(list(grid))
             return
-        i = min(blanks, key=lambda j: choices(j).bit_count())
-        values = [v for v in range(side) if choices(i) >> v & 1]
+        choices = [free[row[j]] & free[column[j]] & free[square[j]] for j in blanks]
+        fewest = min(choices, key=int.bit_count)
+        i = blanks[choices.index(fewest)]
+        values = [v for v in range(side) if fewest >> v & 1]
         for v in rng.sample(values, len(values)) if rng else values:
             grid[i] = v + 1
             for unit in unit_of[i]:

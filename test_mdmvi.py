@@ -1542,6 +1542,12 @@ def test_variants_of_a_test_problem_are_not_trained_on(tmp_path):
     args.problems = 2000
     assert train.load_problems(args) == split and len(split[1]) == 256
     assert len(split[0]) >= 0.9 * len(rows)  # twenty texts: to hold out all would leave nothing
+    few = [{"question": f"{name} {n}", "answer": "#### 1"} for name in "abcde" for n in range(200)]
+    split = train.load_problems(train.parse_args(["--data", put_rows(tmp_path / "c.jsonl", few)]))
+    assert [len(part) for part in split] == [800, 100]  # one of the five texts
+    one = train.parse_args(["--data", put_rows(tmp_path / "d.jsonl", few[:200])])
+    with pytest.raises(train.UserError, match="one text with different numbers"):
+        train.load_problems(one)
 
 
 # ------------------------------------------------------------------------------------------------

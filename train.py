@@ -83,7 +83,7 @@ class Args:
     estimator: Literal["importance", "uniform"] = "importance"  # stage 2: uniform is the paper's
     optimizer: Literal["muon", "adamw"] = "muon"  # muon leaves what is no block matrix to AdamW
     accumulate: positive = 1  # split each step into so many micro-batches
-    problems: whole = 500  # held-out problems in the closing table (of a file 256); 0: no table
+    problems: whole = 500  # held-out problems in the closing table (of a file up to 256); 0: none
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cpu, cuda, cuda:1, ...
     compile: bool = torch.cuda.is_available()  # torch.compile passes, bound and posterior
 
@@ -203,16 +203,19 @@ def load_problems(args):
         raise UserError(f"{args.data} has {len(problems)} problems: at least 10 are needed")
     order = torch.randperm(len(problems), generator=torch.Generator().manual_seed(0)).tolist()
     # Variants of one problem differ in their numbers only: keep them on one side of the split,
-    # but do not take more than a tenth of the problems away from training for it.
+    # but beyond the first text take no more than a tenth of the problems away from training.
     words = ["".join(filter(str.isalpha, problem["question"])) for problem in problems]
     variants, seen, held_out, room = Counter(words), set(), [], limit
     for i in order:
-        more = 0 if words[i] in seen else variants[words[i]]
-        if len(held_out) < min(HELD_OUT, limit) and (more <= room or not seen):
+        fits = words[i] in seen or not seen or variants[words[i]] <= room
+        if fits and len(held_out) < min(HELD_OUT, limit):
             held_out.append(problems[i])
+            room -= 0 if words[i] in seen else variants[words[i]]
             seen.add(words[i])
-            room -= more
-    return [problems[i] for i in order if words[i] not in seen], held_out
+    training = [problems[i] for i in order if words[i] not in seen]
+    if not training:
+        raise UserError(f"{args.data} holds one text with different numbers only: add others")
+    return training, held_out
 
 
 def make_tokenizer(args, problems):

@@ -60,7 +60,7 @@ def parse_args(argv=None):
     add("--accumulate", type=positive, help="micro-batches of a step (1; --paper: 8)")
     add("--device", default="cuda" if gpu else "cpu", help="cpu, cuda, cuda:1, ...")
     add("--compile", action=BooleanOptionalAction, default=gpu, help="torch.compile the steps")
-    add("--repeats", type=positive, default=5, help="the fastest of so many is printed")
+    add("--repeats", type=positive, default=5, help="the best of so many is printed")
     add("--against-plain", action="store_true", help="only a step, beside plain PyTorch")
     add("--memory", action="store_true", help="only the peaks of memory, computed")
     flags = parser.parse_args(argv)
@@ -133,7 +133,7 @@ def seconds_of(function, device, calls=1):
 
 
 def in_turn(functions, device, repeats):
-    """{name: seconds of a call, the fastest}, after a first call that does not count.
+    """{name: seconds of a call, the best of `repeats`}, after a first call that does not count.
 
     On a GPU five calls follow each other without a wait between them, as in training.
     """

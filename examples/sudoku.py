@@ -16,6 +16,7 @@ import math
 import random
 import statistics
 import zlib
+from argparse import BooleanOptionalAction
 from pathlib import Path
 
 import torch
@@ -262,10 +263,10 @@ def make_networks(box, size, seed, device):
     return denoiser, mdmvi.UnmaskPolicy(config, n_layer=2).to(device)
 
 
-def train_denoiser(denoiser, data, steps, batch, generator):
+def train_denoiser(denoiser, data, steps, batch, generator, compile=False):
     """Stage 1: the plain loss on data = (tokens, canvas); the denoiser is frozen after it."""
     # A GPU would wait for the host to launch the operations of a small model one by one
-    model = torch.compile(denoiser) if generator.device.type == "cuda" else denoiser
+    model = torch.compile(denoiser) if compile else denoiser
 
     def loss_of():
         with train.autocast(generator.device):
@@ -390,8 +391,9 @@ def parse_args(argv=None):
     add("--budget", type=positive, default=9, help="steps of generation, T")
     add("--problems", type=positive, default=500, help="held-out puzzles that are scored")
     add("--seed", type=int, default=0, help="seed of the puzzles, the weights and every draw")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", default=device, help="cpu, cuda, cuda:1, ...")
+    gpu = torch.cuda.is_available()
+    add("--device", default="cuda" if gpu else "cpu", help="cpu, cuda, cuda:1, ...")
+    add("--compile", action=BooleanOptionalAction, default=gpu, help="torch.compile the denoiser")
     add("--json", metavar="FILE", help="write the rows of the table as JSON")
     args = parser.parse_args(argv)
     if args.budget == 1:
@@ -413,7 +415,7 @@ def main(argv=None):
     answers, blank = ([x.to(device) for x in encode(puzzles, kind)] for kind in (True, False))
     denoiser, policy = make_networks(box, args.size, args.seed, device)
     generator = torch.Generator(device).manual_seed(args.seed)
-    train_denoiser(denoiser, data, args.steps, args.batch, generator)
+    train_denoiser(denoiser, data, args.steps, args.batch, generator, args.compile)
     train_policy(denoiser, policy, data, budget, generator)
     learned, uniform = bounds(denoiser, policy, *(x[:256] for x in answers), budget, args.seed)
     rows = score(denoiser, policy, puzzles, blank, budget, args.seed)

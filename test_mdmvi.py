@@ -2028,6 +2028,18 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
     assert not (tmp_path / "gone off").exists()
 
 
+def test_a_start_without_a_baseline_trains_one(trained, tmp_path):
+    frozen = [*flags(trained), "--problems", 0, "--order-lr", 0]
+    assert call(train, *frozen, "--out", tmp_path / "a") == 0
+    assert state_of(tmp_path / "a" / "plain.pt")["plain"] is None
+    start = [*flags(trained), "--problems", 0, "--start", tmp_path / "a" / "plain.pt"]
+    assert call(train, *start, "--out", tmp_path / "b") == 0
+    assert {row["stage"] for row in logged(tmp_path / "b")} == {"baseline", "order"}
+    assert state_of(tmp_path / "b" / "checkpoint.pt")["plain"] is not None
+    assert call(train, *start, "--order-lr", 0, "--out", tmp_path / "c") == 0
+    assert {row["stage"] for row in logged(tmp_path / "c")} == {"order"}
+
+
 def test_another_budget_starts_from_stage_1(trained, tmp_path):
     start = ["--start", trained / "out" / "plain.pt", "--out"]
     assert call(train, *flags(trained), "--budget", 3, *start, tmp_path / "a") == 0

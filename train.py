@@ -490,6 +490,8 @@ def main(argv=None):
             raise UserError(f"{args.start} is no plain.pt: give the file as it was before stage 2")
         run.generator.manual_seed(args.seed)
         run.logged = 0
+        if run.plain is None and args.order_lr > 0:  # a run with a frozen denoiser had no baseline
+            run.stage, run.plain = "baseline", copy.deepcopy(run.denoiser)
         run.save(out / "checkpoint.pt")
     train(run, data)
     print_bounds(run, held_out)

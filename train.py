@@ -207,11 +207,11 @@ def load_problems(args):
     words = ["".join(filter(str.isalpha, problem["question"])) for problem in problems]
     variants, seen, held_out, room = Counter(words), set(), [], limit
     for i in order:
-        fits = words[i] in seen or not seen or variants[words[i]] <= room
-        if fits and len(held_out) < min(HELD_OUT, limit):
+        more = 0 if words[i] in seen else variants[words[i]]
+        if len(held_out) < min(HELD_OUT, limit) and (more <= room or not seen):
             held_out.append(problems[i])
-            room -= 0 if words[i] in seen else variants[words[i]]
             seen.add(words[i])
+            room = max(0, room - more)
     training = [problems[i] for i in order if words[i] not in seen]
     if not training:
         raise UserError(f"{args.data} holds one text with different numbers only: add others")

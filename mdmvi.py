@@ -423,9 +423,9 @@ def uniform_elbo(denoiser, tokens, canvas, budget, samples, generator=None):
 #    and top_prob_margin; eos_aware is ours).
 # ------------------------------------------------------------------------------------------------
 
-CONFIDENCE_RULES = ("top_prob", "top_prob_margin", "entropy", "threshold")  # these may be eos_aware
+CONFIDENCE_RULES = ("top_prob", "top_prob_margin", "entropy", "threshold", "threshold_left")
 STRATEGIES = ("learned", "iid", *CONFIDENCE_RULES, "left_to_right", "random")
-THRESHOLD = 0.9  # of the rule of this name: reveal what is more probable
+THRESHOLD = 0.9  # of the rules of this name: reveal what is more probable
 
 
 class Generation(NamedTuple):
@@ -463,13 +463,15 @@ def choose_by_rule(strategy, logits, masked, steps_left, eos_id=None, generator=
     logits [M, V], of the M places of `masked` (bool [B, N]) in row-major order; steps_left int,
     this one counted. The rules that rank take the best K = masked / steps_left, rounded up; iid
     draws each with probability 1 / steps_left; threshold takes all above THRESHOLD; these two
-    take their best one where that gives none. eos_id (ours): masked positions whose most likely
-    token is EOS are revealed at once and do not count towards K.
+    take their best one where that gives none. threshold_left (ours) takes all above THRESHOLD and
+    the leftmost other one. eos_id (ours): masked positions whose most likely token is EOS are
+    revealed at once and do not count towards K.
     """
+    leftmost = -torch.arange(masked.shape[1], device=masked.device).float().expand(masked.shape)
     if strategy in CONFIDENCE_RULES:
         score = masked.float().masked_scatter(masked, confidence(strategy, logits))
     elif strategy == "left_to_right":
-        score = -torch.arange(masked.shape[1], device=masked.device).float().expand(masked.shape)
+        score = leftmost
     else:
         score = torch.rand(masked.shape, device=masked.device, generator=generator)
     eos = torch.zeros_like(masked)
@@ -478,8 +480,11 @@ def choose_by_rule(strategy, logits, masked, steps_left, eos_id=None, generator=
     candidates = masked & ~eos
     if strategy == "iid":
         return masked & (score > 1 - 1 / steps_left) | top_1(score, masked)
+    sure = candidates & (score > THRESHOLD)
     if strategy == "threshold":
-        return eos | candidates & (score > THRESHOLD) | top_1(score, candidates)
+        return eos | sure | top_1(score, candidates)
+    if strategy == "threshold_left":
+        return eos | sure | top_1(leftmost, candidates & ~sure)
     k = (candidates.sum(1) + steps_left - 1) // steps_left
     return eos | top_k(score, candidates, k)
 

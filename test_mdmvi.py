@@ -633,15 +633,15 @@ def test_what_the_bounds_refuse():
 # 4. Samplers
 # ------------------------------------------------------------------------------------------------
 
-RULES = ("top_prob", "top_prob_margin", "entropy", "threshold", "left_to_right")
+RULES = ("top_prob", "top_prob_margin", "entropy", "threshold", "threshold_left", "left_to_right")
 RANDOM = ("iid", "random", "learned")
-EOS_AWARE = [(rule, True) for rule in RULES[:4]]
+EOS_AWARE = [(rule, True) for rule in RULES[:5]]
 ALL = [(rule, False) for rule in RULES + RANDOM] + EOS_AWARE
 
 
 def test_the_list_of_strategies_is_whole():
     assert sorted(mdmvi.STRATEGIES) == sorted(RULES + RANDOM)
-    assert sorted(mdmvi.CONFIDENCE_RULES) == sorted(RULES[:4])
+    assert sorted(mdmvi.CONFIDENCE_RULES) == sorted(RULES[:5])
 
 
 def reveal_probability(strategy, M, R, pi, left):
@@ -686,6 +686,7 @@ def slow_rule(strategy, p, M, left, eos_id, threshold):
     score = {
         "top_prob": lambda i: max(p[i]),
         "threshold": lambda i: max(p[i]),
+        "threshold_left": lambda i: max(p[i]),
         "top_prob_margin": lambda i: max(p[i]) - sorted(p[i])[-2],
         "entropy": lambda i: sum(x * math.log(x) for x in p[i] if x > 0),
         "left_to_right": lambda i: -i,
@@ -694,6 +695,9 @@ def slow_rule(strategy, p, M, left, eos_id, threshold):
     ranked = sorted((i for i in M if i not in eos), key=score, reverse=True)
     if strategy == "threshold":
         return eos + ranked[:1] + [i for i in ranked[1:] if score(i) > threshold]
+    if strategy == "threshold_left":
+        unsure = [i for i in ranked if score(i) <= threshold]
+        return eos + [i for i in ranked if i not in unsure] + sorted(unsure)[:1]
     return eos + ranked[: math.ceil(len(ranked) / left)]
 
 

@@ -652,27 +652,36 @@ def run_log_prob(denoiser, tokens, canvas):
     return F.pad(torch.stack(values, 1), (1, 0))
 
 
-def cut_loss(posterior, tokens, canvas, values, budget, price=0.3):
+def cut_loss(posterior, tokens, canvas, values, budget, optimism=0.0, price=0.3):
     """Minus the expected log p_theta of a solution in runs, `price` nats taken for each step, in
     nats per canvas token (scalar): it teaches a `RunPosterior` where to cut.
 
     values: as `run_log_prob` returns them. Cuts are drawn one by one from sigmoid(scores), not yet
     sharpened; the mean over all cuts is exact. V_t(i), what can be had from place i on in t steps,
     is E_j [values(i, j) - price + V_{t-1}(j)]. What no network can foretell from x_0 averages out.
-    Raises ValueError on a budget below 2.
+    With optimism a > 0 the mean is log E_j exp(a [...]) / a instead, between E_j and the maximum:
+    begun with a high one that falls to 0, the search first finds out which cuts can be good at all.
+    Raises ValueError on a budget below 2 or an optimism below 0.
     """
     if budget < 2:
         raise ValueError(f"budget is {budget}: with one step there is nothing to cut")
+    if optimism < 0:
+        raise ValueError(f"optimism is {optimism}: it must not be below 0")
     L, values = values.shape[1], values - price
     position, used = canvas_places(canvas, L)
     scores = posterior.scores(tokens, canvas).gather(1, position).masked_fill(~used, -30.0)
     # log P(a run from i ends before j): no cut at i + 1 .. j - 1, then one at j, or the end
     keep, cut = F.pad(F.logsigmoid(-scores).cumsum(1), (1, 0)), F.pad(F.logsigmoid(scores), (0, 1))
     ends = torch.ones_like(values[0], dtype=torch.bool).triu(1)
-    p = (keep[:, None] - keep[:, 1:, None] + cut[:, None]).masked_fill(~ends, -math.inf).exp()
+    log_p = (keep[:, None] - keep[:, 1:, None] + cut[:, None]).masked_fill(~ends, -math.inf)
     value = F.pad(values[:, :, L], (0, 1))  # V_1: the last step reveals all that is left
     for _ in range(budget - 1):
-        value = F.pad((p * (values + value[:, None])).sum(2), (0, 1))
+        gain = values + value[:, None]
+        if optimism > 0:
+            mean = (log_p + optimism * gain).logsumexp(2) / optimism
+        else:
+            mean = (log_p.exp() * gain).sum(2)
+        value = F.pad(mean, (0, 1))
     return -(value[:, 0] / canvas.sum(1)).mean()
 
 

@@ -901,8 +901,8 @@ def test_run_log_prob_are_the_log_probabilities_of_runs():
         assert torch.equal(found[:, len(positions) :], found[:, len(positions) :, None][:, :, 0])
 
 
-@pytest.mark.parametrize("T", [2, 3, 6])
-def test_cut_loss_is_the_mean_over_all_cuts(T):
+@pytest.mark.parametrize("T, optimism", [(2, 0.0), (3, 0.0), (6, 0.0), (3, 0.7), (6, 10.0)])
+def test_cut_loss_is_the_mean_over_all_cuts(T, optimism):
     """And its gradient: every way to cut, with its probability; after T - 1 cuts no more count."""
     toy, (tokens, canvas) = Toy(seed=3), holed_problems()
     posterior = randomise(mdmvi.RunPosterior(tiny_config(n_layer=2)))
@@ -910,7 +910,7 @@ def test_cut_loss_is_the_mean_over_all_cuts(T):
     cut = posterior.scores(tokens, canvas).sigmoid()
     total = 0.0
     for row, on in enumerate(canvas):
-        positions = places(on)
+        positions, mean = places(on), 0.0
         for cuts in itertools.product((0, 1), repeat=len(positions) - 1):
             p = math.prod(
                 cut[row, i] if c else 1 - cut[row, i] for i, c in zip(positions[1:], cuts)
@@ -918,8 +918,10 @@ def test_cut_loss_is_the_mean_over_all_cuts(T):
             starts = [0, *(k for k, c in enumerate(cuts, 1) if c)][:T]
             ends = [*starts[1:], len(positions)]
             value = sum(values[row, i, j] - price for i, j in zip(starts, ends))
-            total = total - p * value / len(positions) / len(canvas)
-    loss = mdmvi.cut_loss(posterior, tokens, canvas, values, T, price)
+            mean = mean + p * ((optimism * value).exp() if optimism else value)
+        mean = mean.log() / optimism if optimism else mean
+        total = total - mean / len(positions) / len(canvas)
+    loss = mdmvi.cut_loss(posterior, tokens, canvas, values, T, optimism, price)
     assert loss.item() == pytest.approx(total.item(), rel=1e-4)
     weights = [p for p in posterior.parameters() if p.requires_grad]
     gradients = (torch.autograd.grad(x, weights, retain_graph=True) for x in (total, loss))
@@ -927,6 +929,8 @@ def test_cut_loss_is_the_mean_over_all_cuts(T):
         assert torch.allclose(slow, fast, rtol=1e-3, atol=1e-5)
     with pytest.raises(ValueError, match="budget is 1: with one step there is nothing to cut"):
         mdmvi.cut_loss(posterior, tokens, canvas, values, 1)
+    with pytest.raises(ValueError, match="optimism is -1: it must not be below 0"):
+        mdmvi.cut_loss(posterior, tokens, canvas, values, 2, -1)
 
 
 def test_a_posterior_that_has_learned_the_cuts_draws_the_order():

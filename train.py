@@ -46,6 +46,7 @@ SIZES = {
 STAGES = ("plain", "baseline", "order", "done")
 MIDDLE = (0.2, 0.7)  # mask rates: below, a sum can be copied; above, its numbers are hidden
 SEARCH_STEPS, SEARCH_BATCH = 200, 32  # the posterior's training on the runs that were searched
+OPTIMISM = 10.0  # of that training at its start; it is 0 after three quarters of the steps
 TIMETABLE_PASSES = 400  # of the search for a timetable, on each of its problems
 HELD_OUT = 256  # problems of a file that are not trained on, and those that bounds are of
 SAVE_COST = 0.02  # the share of the time that saving may take
@@ -408,7 +409,8 @@ def search_cuts(run, tokens, canvas):
     for step in bar:
         x, on, value = pick((tokens, canvas, values), SEARCH_BATCH, run.generator)
         with autocast(run.device):
-            loss = mdmvi.cut_loss(run.posterior, x.long(), on, value, args.budget)
+            optimism = OPTIMISM * max(0.0, 1 - step / (0.75 * SEARCH_STEPS))
+            loss = mdmvi.cut_loss(run.posterior, x.long(), on, value, args.budget, optimism)
         loss.backward()
         mdmvi.update(optimizers, step, SEARCH_STEPS)
         if step % 20 == 19:

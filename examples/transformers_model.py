@@ -160,12 +160,12 @@ def learn_order(networks, tokens, canvas, budget, steps, generator=None):
     def pick(count, n):
         return torch.randint(count, (n,), device=tokens.device, generator=generator)
 
-    def search():
+    def search(done):
         rows = pick(len(values), SEARCH_BATCH)
         data = (posterior, tokens[rows], canvas[rows], values[rows], budget)
-        return mdmvi.cut_loss(*data)
+        return mdmvi.cut_loss(*data, 10 * max(0.0, 1 - done / 0.75))
 
-    def bound():
+    def bound(done):
         rows = pick(len(tokens), BATCH)
         data = (*networks, tokens[rows], canvas[rows], budget, TAU, PATHS, generator)
         return mdmvi.importance_order_loss(*data)[0]
@@ -177,10 +177,11 @@ def learn_order(networks, tokens, canvas, budget, steps, generator=None):
 
 
 def minimise(loss_of_batch, groups, steps, label):
+    """AdamW on loss_of_batch(share of the steps that is done)."""
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.1)
     bar = tqdm(range(steps), desc=label, unit="step", mininterval=1.0)
     for step in bar:
-        loss = loss_of_batch()
+        loss = loss_of_batch(step / steps)
         loss.backward()
         mdmvi.update([optimizer], step, steps)
         bar.set_postfix_str(f"loss {float(loss.detach()):.4f}", refresh=False)

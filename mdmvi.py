@@ -652,7 +652,7 @@ def run_log_prob(denoiser, tokens, canvas):
     return F.pad(torch.stack(values, 1), (1, 0))
 
 
-def cut_loss(posterior, tokens, canvas, values, budget, optimism=0.0, price=0.1):
+def cut_loss(posterior, tokens, canvas, values, budget, optimism=0.0, price=0.3):
     """Minus the expected log p_theta of a solution in runs, `price` nats taken for each step, in
     nats per canvas token (scalar): it teaches a `RunPosterior` where to cut.
 

@@ -467,11 +467,10 @@ def choose_by_rule(strategy, logits, masked, steps_left, eos_id=None, generator=
     the leftmost other one. eos_id (ours): masked positions whose most likely token is EOS are
     revealed at once and do not count towards K.
     """
-    leftmost = -torch.arange(masked.shape[1], device=masked.device).float().expand(masked.shape)
     if strategy in CONFIDENCE_RULES:
         score = masked.float().masked_scatter(masked, confidence(strategy, logits))
     elif strategy == "left_to_right":
-        score = leftmost
+        score = -torch.arange(masked.shape[1], device=masked.device).float().expand(masked.shape)
     else:
         score = torch.rand(masked.shape, device=masked.device, generator=generator)
     eos = torch.zeros_like(masked)
@@ -480,11 +479,11 @@ def choose_by_rule(strategy, logits, masked, steps_left, eos_id=None, generator=
     candidates = masked & ~eos
     if strategy == "iid":
         return masked & (score > 1 - 1 / steps_left) | top_1(score, masked)
-    sure = candidates & (score > THRESHOLD)
     if strategy == "threshold":
-        return eos | sure | top_1(score, candidates)
+        return eos | candidates & (score > THRESHOLD) | top_1(score, candidates)
     if strategy == "threshold_left":
-        return eos | sure | top_1(leftmost, candidates & ~sure)
+        unsure = candidates & (score <= THRESHOLD)
+        return eos | candidates & ~unsure | unsure & (unsure.cumsum(1) == 1)
     k = (candidates.sum(1) + steps_left - 1) // steps_left
     return eos | top_k(score, candidates, k)
 
@@ -660,7 +659,8 @@ def cut_loss(posterior, tokens, canvas, values, budget, optimism=0.0, price=0.3)
     sharpened; the mean over all cuts is exact. V_t(i), what can be had from place i on in t steps,
     is E_j [values(i, j) - price + V_{t-1}(j)]. What no network can foretell from x_0 averages out.
     With optimism a > 0 the mean is log E_j exp(a [...]) / a instead, between E_j and the maximum:
-    begun with a high one that falls to 0, the search first finds out which cuts can be good at all.
+    begun with a high one that falls to 0 (`search_optimism`), the search first finds out which cuts
+    can be good at all, and gets stuck less often.
     Raises ValueError on a budget below 2 or an optimism below 0.
     """
     if budget < 2:
@@ -683,6 +683,11 @@ def cut_loss(posterior, tokens, canvas, values, budget, optimism=0.0, price=0.3)
             mean = (log_p.exp() * gain).sum(2)
         value = F.pad(mean, (0, 1))
     return -(value[:, 0] / canvas.sum(1)).mean()
+
+
+def search_optimism(done):
+    """`optimism` of `cut_loss` when this share of the search is done: 10, and 0 from 3/4 on."""
+    return 10 * max(0.0, 1 - done / 0.75)
 
 
 @torch.no_grad()

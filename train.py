@@ -46,7 +46,6 @@ SIZES = {
 STAGES = ("plain", "baseline", "order", "done")
 MIDDLE = (0.2, 0.7)  # mask rates: below, a sum can be copied; above, its numbers are hidden
 SEARCH_STEPS, SEARCH_BATCH = 200, 32  # the posterior's training on the runs that were searched
-OPTIMISM = 10.0  # of that training at its start; it is 0 after three quarters of the steps
 TIMETABLE_PASSES = 400  # of the search for a timetable, on each of its problems
 HELD_OUT = 256  # problems of a file that are not trained on, and those that bounds are of
 SAVE_COST = 0.02  # the share of the time that saving may take
@@ -409,7 +408,7 @@ def search_cuts(run, tokens, canvas):
     for step in bar:
         x, on, value = pick((tokens, canvas, values), SEARCH_BATCH, run.generator)
         with autocast(run.device):
-            optimism = OPTIMISM * max(0.0, 1 - step / (0.75 * SEARCH_STEPS))
+            optimism = mdmvi.search_optimism(step / SEARCH_STEPS)
             loss = mdmvi.cut_loss(run.posterior, x.long(), on, value, args.budget, optimism)
         loss.backward()
         mdmvi.update(optimizers, step, SEARCH_STEPS)

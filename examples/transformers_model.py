@@ -163,7 +163,7 @@ def learn_order(networks, tokens, canvas, budget, steps, generator=None):
     def search(done):
         rows = pick(len(values), SEARCH_BATCH)
         data = (posterior, tokens[rows], canvas[rows], values[rows], budget)
-        return mdmvi.cut_loss(*data, 10 * max(0.0, 1 - done / 0.75))
+        return mdmvi.cut_loss(*data, mdmvi.search_optimism(done))
 
     def bound(done):
         rows = pick(len(tokens), BATCH)

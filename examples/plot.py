@@ -4,7 +4,7 @@
     python -m examples.plot rows.json --out steps.png                 # needs matplotlib
     python -m examples.plot rows.json out10/results.json --out steps.png
 
-Takes the rows that eval_gsm8k.py and train.py write, of one run or of several.
+Takes the rows that eval_gsm8k.py and train.py write, of one run or of several (other budgets).
 """
 
 from pathlib import Path
@@ -12,6 +12,7 @@ from pathlib import Path
 from eval_gsm8k import Parser, UserError, aligned, read_records, run_main, writable
 
 LABELS = {"answered": "right answers, %", "solved": "right solutions, %"}
+MARKERS = ".x"  # colours repeat after ten rules
 NUMBERS = ("average_steps", "budget", "answered", "solved")
 
 
@@ -62,25 +63,32 @@ def pyplot():
 
 
 def points(rows, name, key):
-    """(steps, right in percent) of a method; of a rule with so many steps, its best model."""
+    """(steps, right in percent) of a rule, on its best model where two rows have as many steps."""
     best = {}
     for row in (row for row in rows if row["method"] == name):
-        steps = round(row["average_steps"], 9 if name == "learned" else 1)
+        steps = round(row["average_steps"], 1)
         best[steps] = max(100 * row[key], best.get(steps, 0.0))
     return sorted(best.items())
 
 
 def draw(rows, path):
-    """Right answers, or whole solutions, against steps: learned orders are points, rules lines."""
+    """Right answers, or whole solutions, against steps: learned orders are dots, rules lines.
+
+    Rules are drawn from the rows of the sweep, which are of one run, or from all if there are none.
+    """
     plt, key = pyplot(), measure(rows)
-    figure, axes = plt.subplots(figsize=(7, 4.5))
-    for name in dict.fromkeys(row["method"] for row in rows):
-        style = {"linestyle": "--" if name.endswith("+eos") else "-"}
-        if name == "learned":
-            style = {"color": "black", "linestyle": "", "zorder": 3, "markersize": 8}
-        axes.plot(
-            *zip(*points(rows, name, key)), marker="o", label=name, **{"markersize": 4, **style}
-        )
+    figure, axes = plt.subplots(figsize=(7.5, 4.5))
+    learned = sorted((row for row in rows if row["method"] == "learned"), key=lambda row: row[key])
+    for i, row in enumerate(learned):
+        at = row["average_steps"], 100 * row[key]
+        axes.plot(*at, "ko", markersize=8, zorder=3, label=None if i else "learned")
+        beside = {"xytext": (7 - 14 * (i % 2), -3), "ha": "right" if i % 2 else "left"}
+        axes.annotate(f"T={row['budget']}", at, textcoords="offset points", fontsize=7, **beside)
+    fixed = [row for row in rows if row["method"] != "learned"]
+    fixed = [row for row in fixed if row["match"] == "sweep"] or fixed
+    for i, name in enumerate(dict.fromkeys(row["method"] for row in fixed)):
+        style = {"linestyle": "--" if name.endswith("+eos") else "-", "color": f"C{i}"}
+        axes.plot(*zip(*points(fixed, name, key)), marker=MARKERS[i // 10], label=name, **style)
     axes.set(xlabel="average steps (forward passes)", ylabel=LABELS[key], xscale="log")
     axes.set_xticks(sorted({row["budget"] for row in rows}))
     axes.xaxis.set_major_formatter("{x:g}")

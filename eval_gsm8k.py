@@ -1,24 +1,20 @@
-"""Problems and how they are scored: tokenizer, GSM8K reader, checkers, checkpoints, the table.
+"""How orders are scored: tokenizer, problems as tensors, reading checkpoints, the table.
 
     python eval_gsm8k.py --checkpoint out/checkpoint.pt --budget 5 10 15
     python eval_gsm8k.py --data test.jsonl                    # real GSM8K problems
     python eval_gsm8k.py --sweep 1 2 3 4 5 8 --json rows.json     # for python -m examples.plot
 
 A problem is a dict {question, answer}; its answer ends in "#### N". An embedded one lists all its
-right solutions; the others are judged by their <<...>> equations, against the reference.
+right solutions; the others are judged by their <<...>> equations, against the reference
+(examples/gsm8k.py).
 """
 
-import argparse
 import functools
-import gzip
-import itertools
 import json
-import lzma
 import math
 import os
 import re
 import sys
-import zlib
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -29,16 +25,23 @@ from tqdm import tqdm
 import mdmvi
 from examples import spread
 from examples.arithmetic import TASKS
+from examples.command_line import (
+    Parser,
+    UserError,
+    aligned,
+    positive,
+    run_main,
+    use_device,
+    whole,
+    writable,
+)
+from examples.gsm8k import final_number, load_gsm8k, solves_equations
+from examples.smdm import LlamaTokenizer
 
 SEPARATOR = "||"  # between question and answer, as in SMDM's fine-tuning data
 VERSION = 7  # of the checkpoints
 RULES = [rule for rule in mdmvi.STRATEGIES if rule != "learned"]
 RULES += [f"{rule}+eos" for rule in mdmvi.CONFIDENCE_RULES]  # eos_aware
-os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its client would tell of each of its tries
-
-
-class UserError(Exception):
-    """Something the user can put right: printed as one line on stderr, exit code 2."""
 
 
 # ------------------------------------------------------------------------------------------------
@@ -83,157 +86,6 @@ class Tokenizer:
     def decode(self, ids):
         # A model may string bytes together that are no text
         return b"".join(self.bytes[i] for i in ids).decode("utf-8", "replace")
-
-
-class LlamaTokenizer:
-    """The LLaMA BPE of a published checkpoint, from the text of its tokenizer.json."""
-
-    eos_id, vocab_size, mask_id = 2, 32_000, 32_000
-
-    def __init__(self, pieces):
-        try:
-            import tokenizers
-        except ImportError:
-            raise UserError("the LLaMA tokenizer needs its package: pip install tokenizers")
-        try:
-            self.pieces, self.bpe = pieces, tokenizers.Tokenizer.from_str(pieces)
-        except Exception as error:  # tokenizers raises plain Exception
-            reason = str(error)[:80]
-            raise UserError(f"this is not a tokenizer.json ({reason}): give the one of TinyLlama")
-
-    def encode(self, text):
-        return self.bpe.encode(text, add_special_tokens=False).ids
-
-    def decode(self, ids):
-        return self.bpe.decode(list(ids))
-
-
-# ------------------------------------------------------------------------------------------------
-# GSM8K: reading data files, checking answers
-# ------------------------------------------------------------------------------------------------
-
-OPENERS = {".gz": gzip.open, ".xz": lzma.open}
-SUFFIXES = tuple(kind + packed for kind in (".json", ".jsonl") for packed in ("", ".gz", ".xz"))
-
-
-def read_records(path):
-    """Yield (where, object) for each record of a file: a line of JSON each, or one JSON array."""
-    try:
-        with OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8") as file:
-            text = file.read()
-    except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError, zlib.error) as error:
-        raise UserError(f"cannot read {path}: {error}; give UTF-8 .json or .jsonl, .gz or .xz too")
-    is_array = text.lstrip().startswith("[")
-    for number, part in enumerate([text] if is_array else text.split("\n"), 1):
-        if not part.strip():
-            continue
-        try:
-            found = json.loads(part)
-        except (json.JSONDecodeError, RecursionError) as error:
-            line, why = number + getattr(error, "lineno", 1) - 1, getattr(error, "msg", error)
-            raise UserError(f"{path} line {line} is not JSON ({why}): mend or remove it")
-        if is_array:
-            yield from ((f"{path} record {i}", record) for i, record in enumerate(found, 1))
-        else:
-            yield f"{path} line {number}", found
-
-
-def hub_records(name, split):
-    """(where, row) for each row of a data set on the hub."""
-    try:
-        import datasets
-
-        subset = "main" if name == "openai/gsm8k" else None
-        rows = datasets.load_dataset(name, subset, split=split)
-    except Exception as error:  # the hub client raises many kinds, all of which mean: not to be had
-        why = " ".join(f"{type(error).__name__}: {error}".split())[:140]
-        advice = "go online, pip install datasets, or give a local file"
-        raise UserError(f"cannot load {name} from the hub ({why}): {advice}")
-    return ((f"{name} row {i}", row) for i, row in enumerate(rows))
-
-
-def load_gsm8k(data, answers="equations", split="train"):
-    """Problems {question, answer} from a file, a folder of files, or a hub name.
-
-    answers: "equations" keeps the <<...>> notes and the #### line, "full" the whole solution.
-    Raises UserError for what cannot be read or is no such problem.
-    """
-    path = Path(data)
-    if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.name.endswith(SUFFIXES))
-        records = itertools.chain.from_iterable(map(read_records, files))
-    elif path.exists():
-        records = read_records(path)
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+", data) and not data.endswith(SUFFIXES):
-        records = hub_records(data, split)
-    else:
-        raise UserError(f"no data at {data}: give a .json/.jsonl file, a folder, or a hub name")
-    problems = [gsm8k_problem(record, answers, where) for where, record in records]
-    if not problems:
-        raise UserError(
-            f"{data} holds no problem: give .json or .jsonl (.gz, .xz), an object a line"
-        )
-    return problems
-
-
-def gsm8k_problem(record, answers, where):
-    """One row of openai/gsm8k (prose with notes) or of GSM8k-Aug (question, cot, answer)."""
-    if not isinstance(record, dict) or not {"question", "answer"} <= record.keys():
-        raise UserError(f"{where} has no columns question and answer: mend or remove it")
-    # A final answer alone may be a number
-    kinds = {"question": str, "answer": (str, int, float), "cot": str}
-    for column, kind in kinds.items():
-        if column in record and not isinstance(record[column], kind):
-            raise UserError(f"{where} has a {column} that is no text: mend or remove it")
-    solution, mark, final = str(record["answer"]).rpartition("####")
-    if not mark and "cot" not in record or final_number(f"#### {final}") is None:
-        raise UserError(f"{where} has no final answer: needed is '#### N', or a cot and a number")
-    if "solutions" in record:  # an embedded problem
-        solutions = record["solutions"]
-        if not isinstance(solutions, list) or not all(isinstance(x, str) for x in solutions):
-            raise UserError(f"{where} has solutions that are no list of texts: mend or remove it")
-        return {key: record[key] for key in ("question", "answer", "solutions")}
-    solution, final = record.get("cot", solution), final.strip()
-    if answers == "equations":
-        notes = re.findall(r"<<[^<>]*>>", solution)
-        return {"question": record["question"], "answer": " ".join([*notes, f"#### {final}"])}
-    return {"question": record["question"], "answer": f"{solution.strip()}\n#### {final}"}
-
-
-def final_number(text):
-    """The last number after `####`, $ and commas dropped, as a float; None if there is none."""
-    _, mark, tail = text.rpartition("####")
-    if not mark:
-        return None
-    numbers = re.findall(r"-?(?:\d+\.?\d*|\.\d+)", tail.replace(",", "").replace("$", ""))
-    return float(numbers[-1]) if numbers else None
-
-
-def arithmetic_value(expression):
-    """Value of a + - * / expression with brackets and %, or None if it is anything else."""
-    expression = re.sub("[,$]", "", expression)
-    expression = re.sub(r"(\d+(?:\.\d*)?|\.\d+)\s*%", r"(\1/100)", expression)
-    expression = re.sub(r"(?<![\d.])0+(?=\d)", "", expression)  # 007 is a number here
-    # eval sees these characters only: no names, no powers, and no calls such as 2(3)
-    if re.search(r"[^\d\s.+*/()-]|\*\*|//|[\d.)]\s*\(", expression):
-        return None
-    try:
-        return float(eval(expression.strip()))
-    except Exception:  # it divides by zero, say, or has a great many brackets
-        return None
-
-
-def solves_equations(text, reference):
-    """Is every <<a op b=c>> true (to the cent), is there one, and is the last the right answer?"""
-    right, result = final_number(reference), None
-    for note in re.findall(r"<<([^<>]*)>>", text):
-        left, _, written = note.rpartition("=")
-        value, result = arithmetic_value(left), arithmetic_value(written)
-        if None in (value, result) or not abs(value - result) <= 0.0101:
-            return False
-    return (
-        None not in (result, right) and abs(result - right) <= 1e-6 and final_number(text) == right
-    )
 
 
 # ------------------------------------------------------------------------------------------------
@@ -298,7 +150,7 @@ def load_checkpoint(path, device="cpu"):
     if not os.path.isfile(path):
         raise UserError(f"no checkpoint at {path}: {advice}, or run python train.py first")
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if checkpoint.get("version", VERSION) != VERSION:
             raise UserError(f"checkpoint {path} was written by an older version: train again")
         args, config = checkpoint["args"], mdmvi.ModelConfig(**checkpoint["config"])
@@ -377,7 +229,8 @@ def score(run, models, budgets, rules, sweep):
     run(rule, budget, denoiser) is an attempt. Each rule runs on the order-trained denoiser and on
     the plain one, and keeps the one with more right answers.
     """
-    tries = [("order" if models.policy else "plain", models.denoiser)]
+    before = "stage 1" if models.plain else "plain"
+    tries = [("order" if models.policy else before, models.denoiser)]
     tries += [("plain", models.plain)] if models.plain else []
 
     @functools.cache
@@ -428,13 +281,6 @@ def p_text(p):
     return "< 1e-10" if p < 1e-10 else f"{p:.1e}" if p < 0.001 else f"{p:.3f}"
 
 
-def aligned(lines):
-    """Rows of cells as plain text in columns."""
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    rows = ("  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in lines)
-    return "\n".join(rows)
-
-
 def table(rows):
     """The rows as plain text."""
     lines = [("method", "T", "model", "steps", "[min, max]", "answer %", "p", "solved %", "p")]
@@ -473,10 +319,8 @@ def print_scores(
         print(f"{fits.count(False)} prompts do not fit and count as wrong", file=sys.stderr)
     device = next(models.denoiser.parameters()).device
     data = (problems, tokenizer, tokens.to(device), canvas.to(device), models.policy, batch, seed)
-    rows_of_budget = 1 + 2 * len(rules) if models.policy else len(rules)
-    count = len(budgets) * rows_of_budget + len(sweep) * len(rules)
     run, results = functools.partial(attempt, *data), []
-    with tqdm(score(run, models, budgets, rules, sweep), "scoring", count, unit="row") as bar:
+    with tqdm(score(run, models, budgets, rules, sweep), "scoring", unit="row") as bar:
         for row, result in bar:
             results.append((row, result))
             bar.set_postfix_str(f"{row['method']} {100 * row['answered']:.1f}%", refresh=False)
@@ -492,60 +336,9 @@ def print_scores(
         Path(json_file).write_text(json.dumps(rows, indent=1) + "\n")
 
 
-def writable(path):
-    """argparse type: a file that can be written, found out before the long work."""
-    folder = Path(path).absolute().parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK) or Path(path).is_dir():
-        raise UserError(f"cannot write {path}: give a file in a folder that can be written")
-    return path
-
-
 # ------------------------------------------------------------------------------------------------
 # The command line
 # ------------------------------------------------------------------------------------------------
-
-
-class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Keep the examples as written, and show every default that is set."""
-
-    def _get_help_string(self, action):
-        return action.help if action.default is None else super()._get_help_string(action)
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, with our one line on stderr instead of its usage block."""
-
-    def __init__(self, doc):
-        super().__init__(description=doc, formatter_class=HelpFormatter, allow_abbrev=False)
-
-    def error(self, message):
-        raise UserError(f"{message} (see {self.prog} --help)")
-
-
-def at_least(least, kind=int):
-    """argparse type: a number from `least` up that torch takes, as a seed too."""
-
-    def number(text):
-        value = kind(text)
-        if not least <= value < 2**63:
-            raise argparse.ArgumentTypeError(f"{value} is not in {least} .. 2^63 - 1")
-        return value
-
-    return number
-
-
-positive, whole, amount = at_least(1), at_least(0), at_least(0, float)
-
-
-def check_device(name):
-    """Raise UserError if there is no such device; on CUDA, let fp32 products use TF32."""
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError):
-        raise UserError(f"--device {name} is not there: choose cpu, or cuda where there is a GPU")
-    if torch.device(name).type == "cuda":
-        torch.cuda.set_device(torch.device(name).index or 0)
-        torch.set_float32_matmul_precision("high")
 
 
 def pick_problems(checkpoint, data, n):
@@ -573,38 +366,11 @@ def main(argv=None):
     add("--device", default=device, help="cpu, cuda, cuda:1, ...")
     add("--json", type=writable, metavar="FILE", help="write the rows as JSON")
     args = parser.parse_args(argv)
-    check_device(args.device)
+    use_device(args.device)
     checkpoint, tokenizer, models = load_checkpoint(args.checkpoint, args.device)
     problems = pick_problems(checkpoint, args.data, args.problems)
     data = (problems, tokenizer, models, args.budget or [checkpoint["args"]["budget"]])
     print_scores(*data, args.strategies, args.sweep, args.batch, args.seed, args.json)
-
-
-def complain(message):
-    """Leave with one line on stderr and exit code 2."""
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
-def run_main(main):
-    """Run a script: what the user can mend is one line on stderr and exit code 2, Ctrl-C is 130."""
-    try:
-        try:
-            main()
-        finally:  # argparse leaves by SystemExit after --help
-            sys.stdout.flush()
-    except KeyboardInterrupt as stop:  # train.py says where
-        print(str(stop) or "stopped", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:  # the reader, head say, has seen enough; nothing to flush to it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
-    except UserError as error:
-        complain(error)
-    except OSError as error:
-        complain(f"{error}: give another file or folder")
-    except torch.OutOfMemoryError:
-        complain("the GPU has too little memory: lower --batch, or raise --accumulate of train.py")
 
 
 if __name__ == "__main__":

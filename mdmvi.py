@@ -12,17 +12,20 @@ reveal together is a latent variable r here, learned by variational inference (F
 
 Shapes: B batch, N sequence length, L canvas length, V vocabulary, D width, T = budget (steps), K
 paths of a sequence, M places that are scored in a whole batch.
-`canvas` is a bool [B, N], true where the answer goes, in at least one place of every row.
+`canvas` is a bool [B, N], true where the answer goes, in at least one place of every row
+(`generate` takes rows without any).
 `masked` is the part of it that is still hidden (M_s). `tokens` are the clean sequence x_0, int64
 [B, N]; x_s is x_0 with M_s replaced by MASK. `generator` is a torch.Generator on the tensors'
 device, or None for the global one. Log-probabilities are in nats. (R) marks what is rebuilt from
-summaries of [F].
+summaries of [F]: the policy's input, the posterior's form and the loss. (ours) marks what is not in
+[F]. No network is told the step s, only which tokens are masked.
 
 A denoiser is any object with `denoiser(tokens)` -> hidden [B, N, D], `denoiser.logits(hidden)`
 for hidden [M, D] -> [M, V], -inf for MASK, and the attributes `mask_id` and (for eos_aware rules)
-`eos_id`. An optional `canvas_len` is the most places a canvas has: on a GPU no more are scored.
+`eos_id`. An optional `canvas_len` is the most places a canvas has: on a GPU a larger canvas would
+silently lose places.
 A policy maps (hidden, masked) -> pi_logits [B, N]. A posterior maps (tokens, canvas) -> log_alpha
-[B, N], of which only differences matter.
+[B, N]; only its differences matter.
 """
 
 import math
@@ -155,7 +158,7 @@ class UnmaskPolicy(nn.Module):
     """pi_i(x_s) = sigmoid(pi_logits): hidden [B, N, D], masked -> pi_logits fp32 [B, N] (R).
 
     A small head on the denoiser's last hidden states, so that a step of generation costs one pass.
-    `config` is a `ModelConfig` of their width.
+    `config` is a `ModelConfig` of their width; `masked` is for subclasses.
     """
 
     def __init__(self, config, n_layer=1):
@@ -186,8 +189,8 @@ def token_log_prob(denoiser, tokens, masked):
 def scored_places(denoiser, masked):
     """Where M_s lies in the flattened batch: (place int64 [M], used bool [M]).
 
-    To count these places is free on a CPU. A GPU would have to wait for the count, so there the
-    result has room for one whole canvas a row, and `used` marks the places that count.
+    To count these places is free on a CPU. With a GPU the host would have to wait for the count, so
+    there the result has room for one whole canvas a row, and `used` marks the places that count.
     """
     if masked.device.type == "cpu":
         place = masked.flatten().nonzero().squeeze(1)
@@ -198,7 +201,8 @@ def scored_places(denoiser, masked):
 
 
 # ------------------------------------------------------------------------------------------------
-# 2. Posterior over orders (R): alpha = alpha_phi(c, x_0) in (0, 1), one score a position, once,
+# 2. Posterior over orders (R): alpha = alpha_phi(c, x_0) in (0, 1), one score per position,
+#    computed once,
 #        q(r | x_s, x_0) = prod_{i in M_s} Bern(r_i; rho_i),
 #        rho_i = (alpha_i / max_{j in M_s} alpha_j)^(1/tau).
 #    The best masked position has rho = 1, so a step always reveals something; positions whose
@@ -231,7 +235,7 @@ class OrderPosterior(nn.Module):
         return F.logsigmoid(self.scores(tokens, canvas))
 
     def start_from(self, denoiser):
-        """Copy embedding, first blocks and norm of a `Denoiser` of this width: it can read (ours).
+        """Copy embedding, first blocks and norm of a `Denoiser` of this width (ours): it can read.
 
         The embedding is frozen: with a large vocabulary it is most of the cost.
         """
@@ -435,15 +439,12 @@ class Generation(NamedTuple):
 
 
 def top_k(score, candidates, k):
-    """bool [B, N]: the k[b] (int64 [B]) candidates of highest score in each row, all if fewer."""
+    """bool [B, N]: the k candidates of highest score in each row, all if there are fewer.
+
+    k is an int, or int64 [B, 1].
+    """
     order = score.masked_fill(~candidates, -math.inf).argsort(dim=1, descending=True, stable=True)
-    return candidates & (order.argsort(dim=1) < k[:, None])
-
-
-def top_1(score, candidates):
-    """bool [B, N]: the candidate of highest score in each row (none if there are none)."""
-    best = score.masked_fill(~candidates, -math.inf).argmax(dim=1)
-    return candidates & F.one_hot(best, score.shape[1]).bool()
+    return candidates & (order.argsort(dim=1) < k)
 
 
 def confidence(strategy, logits):
@@ -478,13 +479,13 @@ def choose_by_rule(strategy, logits, masked, steps_left, eos_id=None, generator=
         eos = eos.masked_scatter(masked, logits.argmax(-1) == eos_id)
     candidates = masked & ~eos
     if strategy == "iid":
-        return masked & (score > 1 - 1 / steps_left) | top_1(score, masked)
+        return masked & (score > 1 - 1 / steps_left) | top_k(score, masked, 1)
     if strategy == "threshold":
-        return eos | candidates & (score > THRESHOLD) | top_1(score, candidates)
+        return eos | candidates & (score > THRESHOLD) | top_k(score, candidates, 1)
     if strategy == "threshold_left":
         unsure = candidates & (score <= THRESHOLD)
         return eos | candidates & ~unsure | unsure & (unsure.cumsum(1) == 1)
-    k = (candidates.sum(1) + steps_left - 1) // steps_left
+    k = (candidates.sum(1, keepdim=True) + steps_left - 1) // steps_left
     return eos | top_k(score, candidates, k)
 
 
@@ -495,7 +496,7 @@ def choose_by_policy(pi_logits, masked, generator=None):
     """
     u = torch.rand(masked.shape, device=masked.device, generator=generator)
     reveal = masked & (u < pi_logits.sigmoid())
-    return reveal | top_1(pi_logits, masked) & ~reveal.any(1, keepdim=True)
+    return reveal | top_k(pi_logits, masked, 1) & ~reveal.any(1, keepdim=True)
 
 
 def draw_tokens(logits, temperature, generator=None):
@@ -558,8 +559,8 @@ def generate(
 
 
 # ------------------------------------------------------------------------------------------------
-# 5. Beyond the paper, whose networks need 5,000 steps on the default task. What helps in 500:
-#      PlacePolicy               the policy sees which places are masked; free scores need 1,500
+# 5. Beyond the paper, whose networks need 5,000 steps on the default task. What makes 500 enough:
+#      PlacePolicy               the policy sees which places are masked (free scores: 1,500 steps)
 #      RunPosterior, RunPolicy   an order is a cut of the canvas into runs, from the left
 #      run_log_prob, cut_loss    the best cuts under the denoiser, by dynamic programming
 #      importance_order_loss     f_0 exact, a later step drawn where paths go on: less variance
@@ -595,9 +596,8 @@ class RunPosterior(OrderPosterior):
     A cut is a sigmoid in front of each position, sharpened by SHARPEN; log alpha is minus SPACING
     times the sum of the cuts up to a position. When each token has a number of its own, errors of
     about tau put tokens that belong together into different steps; here a run moves as one. SPACING
-    is ten times tau = 0.1: then even a cut that is half sure parts two runs, and the gradient
-    of a policy that has not learned the order yet does not wash it out. It starts as a soft front
-    from the left.
+    is ten times tau = 0.1, so that even a cut of 0.5 keeps two runs in different steps. It starts
+    as a soft front from the left.
     """
 
     SPACING, SHARPEN = 1.0, 2.0
@@ -657,10 +657,9 @@ def cut_loss(posterior, tokens, canvas, values, budget, optimism=0.0, price=0.3)
 
     values: as `run_log_prob` returns them. Cuts are drawn one by one from sigmoid(scores), not yet
     sharpened; the mean over all cuts is exact. V_t(i), what can be had from place i on in t steps,
-    is E_j [values(i, j) - price + V_{t-1}(j)]. What no network can foretell from x_0 averages out.
-    With optimism a > 0 the mean is log E_j exp(a [...]) / a instead, between E_j and the maximum:
-    begun with a high one that falls to 0 (`search_optimism`), the search first finds out which cuts
-    can be good at all, and gets stuck less often.
+    is E_j [values(i, j) - price + V_{t-1}(j)]. With optimism a > 0 it is log E_j exp(a [...]) / a,
+    between the mean and the maximum: begun with a high one that falls to 0 (`search_optimism`), the
+    search first finds out which cuts can be good at all, and gets stuck less often.
     Raises ValueError on a budget below 2 or an optimism below 0.
     """
     if budget < 2:
@@ -742,7 +741,8 @@ def parameter_groups(
 
     "params" are pairs (name, parameter), as torch's optimisers take them. A frozen denoiser (or one
     that is no nn.Module) has no group. warm_up: the posterior's share of the steps, beside a
-    policy. What that cannot foretell yet costs KL, and a searched order would be given up for it.
+    policy. An order that the policy does not know yet costs KL, and a posterior at its full rate
+    would give up a searched order to save that.
     """
     groups = []
     for name, network, peak, share in (
@@ -753,12 +753,9 @@ def parameter_groups(
         named = network.named_parameters() if isinstance(network, nn.Module) else ()
         params = [(key, p) for key, p in named if p.requires_grad]
         if params:
-            group = {"params": params, "lr": peak, "peak": peak}
-            groups.append({**group, "network": name, "warm_up": share})
+            group = {"params": params, "lr": peak, "peak": peak, "warm_up": share, "network": name}
+            groups.append(group)
     return groups
-
-
-END_LR = 0.01  # share of the peak learning rates that is left at the end of a training
 
 
 def update(optimizers, step, steps):
@@ -766,15 +763,15 @@ def update(optimizers, step, steps):
 
     Each network's gradient is clipped to norm 1 by itself: the posterior's is now and then by far
     the largest, and clipped together it would shrink the others'. The rate warms up over the
-    group's share of the steps and falls along a cosine to END_LR of its peak.
+    group's share of the steps and falls along a cosine to a hundredth of its peak.
     """
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     for name in {group["network"] for group in groups}:
         params = [p for group in groups if group["network"] == name for p in group["params"]]
         nn.utils.clip_grad_norm_(params, 1.0)
-    share = END_LR + (1 - END_LR) / 2 * (1 + math.cos(math.pi * min(1.0, step / steps)))
+    factor = 0.01 + 0.99 / 2 * (1 + math.cos(math.pi * min(1.0, step / steps)))
     for group in groups:
-        group["lr"] = group["peak"] * share * min(1.0, (step + 1) / (group["warm_up"] * steps))
+        group["lr"] = group["peak"] * factor * min(1.0, (step + 1) / (group["warm_up"] * steps))
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

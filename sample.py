@@ -14,7 +14,16 @@ import torch
 
 import eval_gsm8k
 import mdmvi
-from eval_gsm8k import UserError
+from examples.command_line import (
+    Parser,
+    UserError,
+    amount,
+    positive,
+    run_main,
+    use_device,
+    whole,
+    writable,
+)
 
 STYLES = """
 body { font: 16px/1.6 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; color: #222 }
@@ -99,21 +108,19 @@ def page(prompt, results, tokenizer):
 
 
 def read_args(argv):
-    parser = eval_gsm8k.Parser(__doc__)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("prompt", nargs="?", help="the problem (default: read from standard input)")
     add("--checkpoint", default="out/checkpoint.pt", help="what train.py wrote")
     rules = ["learned", *eval_gsm8k.RULES]
     add("--strategy", nargs="+", choices=rules, default=rules[:1], help="one or several")
-    add("--budget", type=eval_gsm8k.positive, help="steps (default: the budget it was trained for)")
-    add("--temperature", type=eval_gsm8k.amount, default=0.0, help="0: the most likely token")
-    add("--seed", type=eval_gsm8k.whole, default=0, help="seed of the draws")
+    add("--budget", type=positive, help="steps (default: the budget it was trained for)")
+    add("--temperature", type=amount, default=0.0, help="0: the most likely token")
+    add("--seed", type=whole, default=0, help="seed of the draws")
     add("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
-    add(
-        "--html", type=eval_gsm8k.writable, metavar="FILE", help="write a page that shows the order"
-    )
+    add("--html", type=writable, metavar="FILE", help="write a page that shows the order")
     args = parser.parse_args(argv)
-    eval_gsm8k.check_device(args.device)
+    use_device(args.device)
     return args
 
 
@@ -154,4 +161,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    eval_gsm8k.run_main(main)
+    run_main(main)

@@ -42,7 +42,7 @@ import eval_gsm8k
 import mdmvi
 import sample
 import train
-from examples import arithmetic, spread
+from examples import arithmetic, command_line, gsm8k, smdm, spread
 from examples.muon import make_optimizers
 
 torch.set_num_threads(1)
@@ -1286,25 +1286,31 @@ def llama_text():
 
 
 def test_llama_tokenizer():
-    tokenizer = eval_gsm8k.LlamaTokenizer(llama_text())
+    tokenizer = smdm.LlamaTokenizer(llama_text())
     assert (tokenizer.vocab_size, tokenizer.mask_id, tokenizer.eos_id) == (32_000, 32_000, 2)
     for text in ODD_TEXTS:
         if text.isprintable() and not any("\ud800" <= c <= "\udfff" for c in text):
             assert tokenizer.decode(tokenizer.encode(text)) == text
-    with pytest.raises(eval_gsm8k.UserError, match=r"not a tokenizer\.json.*give"):
-        eval_gsm8k.LlamaTokenizer("{}")
+    with pytest.raises(command_line.UserError, match=r"not a tokenizer\.json.*give"):
+        smdm.LlamaTokenizer("{}")
+
+
+def test_a_tokenizer_with_more_pieces_than_the_model(monkeypatch):
+    monkeypatch.setattr(smdm.LlamaTokenizer, "vocab_size", 5)
+    with pytest.raises(command_line.UserError, match="has .* pieces: give the one of TinyLlama"):
+        smdm.LlamaTokenizer(llama_text())
 
 
 def test_llama_tokenizer_without_its_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(eval_gsm8k.UserError, match="pip install tokenizers"):
-        eval_gsm8k.LlamaTokenizer("{}")
+    with pytest.raises(command_line.UserError, match="pip install tokenizers"):
+        smdm.LlamaTokenizer("{}")
 
 
 def test_init_takes_the_tokenizer_beside_it(tmp_path):
     (tmp_path / "tokenizer.json").write_text(llama_text())
     args = train.parse_args(["--size", "170m", "--init", str(tmp_path)])
-    assert isinstance(train.make_tokenizer(args, []), eval_gsm8k.LlamaTokenizer)
+    assert isinstance(train.make_tokenizer(args, []), smdm.LlamaTokenizer)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1329,7 +1335,7 @@ def test_init_takes_the_tokenizer_beside_it(tmp_path):
     ],
 )
 def test_final_number(text, number):
-    assert eval_gsm8k.final_number(text) == number
+    assert gsm8k.final_number(text) == number
 
 
 VALUES = (
@@ -1342,16 +1348,16 @@ NO_VALUES = "1/0 2**3 7//2 5%3 x+1 5+ [5] max(1,2) __import__('os') 1\x002 5j {5
 def test_arithmetic_value():
     for pair in VALUES.split(" "):
         expression, _, value = pair.partition(":")
-        assert eval_gsm8k.arithmetic_value(expression) == pytest.approx(float(value)), expression
-    assert eval_gsm8k.arithmetic_value(" 5 + 5 ") == 10
+        assert gsm8k.arithmetic_value(expression) == pytest.approx(float(value)), expression
+    assert gsm8k.arithmetic_value(" 5 + 5 ") == 10
     deep = ["(" * 9999 + "5" + ")" * 9999, "-" * 99_999 + "5"]
     for expression in [*NO_VALUES.split(" "), "", *deep]:
-        assert eval_gsm8k.arithmetic_value(expression) is None, expression
+        assert gsm8k.arithmetic_value(expression) is None, expression
 
 
 @pytest.mark.parametrize("text", ["True", "'5'", "b'5'", "0x10", "1e999-1e999"])
 def test_what_is_no_number_has_no_arithmetic_value(text):
-    assert eval_gsm8k.arithmetic_value(text) is None
+    assert gsm8k.arithmetic_value(text) is None
 
 
 @pytest.mark.parametrize(
@@ -1378,15 +1384,15 @@ def test_what_is_no_number_has_no_arithmetic_value(text):
     ],
 )
 def test_solves_equations(text, right):
-    assert eval_gsm8k.solves_equations(text, "prose #### 72") == right
-    assert not eval_gsm8k.solves_equations(text, "#### 73")
-    assert not eval_gsm8k.solves_equations(text, "no answer")
+    assert gsm8k.solves_equations(text, "prose #### 72") == right
+    assert not gsm8k.solves_equations(text, "#### 73")
+    assert not gsm8k.solves_equations(text, "no answer")
 
 
 def test_a_strange_note_gives_no_warning():
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        assert eval_gsm8k.arithmetic_value("5or 3") is None
+        assert gsm8k.arithmetic_value("5or 3") is None
     assert not caught
 
 
@@ -1414,29 +1420,29 @@ def put_rows(path, rows):
 
 
 def test_data_files_of_both_layouts(tmp_path):
-    expected = eval_gsm8k.load_gsm8k(put_rows(tmp_path / "a.jsonl", ROWS))
+    expected = gsm8k.load_gsm8k(put_rows(tmp_path / "a.jsonl", ROWS))
     assert expected[0] == {
         "question": ROWS[0]["question"],
         "answer": "<<2+2=4>> #### 4",
     }
-    full = eval_gsm8k.load_gsm8k(str(tmp_path / "a.jsonl"), "full")
+    full = gsm8k.load_gsm8k(str(tmp_path / "a.jsonl"), "full")
     assert [p["answer"] for p in full] == [row["answer"] for row in ROWS]
     for answer in ("10", 10):
         path = put_rows(tmp_path / "aug.jsonl", [AUG | {"answer": answer}])
-        assert eval_gsm8k.load_gsm8k(path)[0]["answer"] == "<<2+3=5>> <<5*2=10>> #### 10"
+        assert gsm8k.load_gsm8k(path)[0]["answer"] == "<<2+3=5>> <<5*2=10>> #### 10"
     for name in ("b.json", "b.json.gz", "b.json.xz", "b.jsonl.gz", "b.jsonl.xz"):
-        assert eval_gsm8k.load_gsm8k(put_rows(tmp_path / name, ROWS)) == expected
+        assert gsm8k.load_gsm8k(put_rows(tmp_path / name, ROWS)) == expected
     (tmp_path / "array.json").write_text("\n" + json.dumps(ROWS, indent=1))
-    assert eval_gsm8k.load_gsm8k(str(tmp_path / "array.json")) == expected
+    assert gsm8k.load_gsm8k(str(tmp_path / "array.json")) == expected
     (tmp_path / "gaps.jsonl").write_bytes("\r\n\r\n".join(json.dumps(row) for row in ROWS).encode())
-    assert eval_gsm8k.load_gsm8k(str(tmp_path / "gaps.jsonl")) == expected
+    assert gsm8k.load_gsm8k(str(tmp_path / "gaps.jsonl")) == expected
 
 
 def test_a_folder_of_data_files(tmp_path):
     put_rows(tmp_path / "b.json.xz", ROWS[2:])
     put_rows(tmp_path / "a.jsonl.gz", ROWS[:2])
     (tmp_path / "README.md").write_text("not data")
-    found = eval_gsm8k.load_gsm8k(str(tmp_path))
+    found = gsm8k.load_gsm8k(str(tmp_path))
     assert [p["question"] for p in found] == [row["question"] for row in ROWS]
 
 
@@ -1450,7 +1456,7 @@ def test_a_hub_name(monkeypatch, name, subset):
 
     fake = types.SimpleNamespace(load_dataset=load_dataset)
     monkeypatch.setitem(sys.modules, "datasets", fake)
-    found = eval_gsm8k.load_gsm8k(name, split="test")
+    found = gsm8k.load_gsm8k(name, split="test")
     assert asked == [((name, subset), {"split": "test"})]
     assert [p["question"] for p in found] == [row["question"] for row in rows]
 
@@ -1477,8 +1483,14 @@ def no_network(reason="no route\nto the hub"):
 )
 def test_a_hub_name_without_network(monkeypatch, package, says):
     monkeypatch.setitem(sys.modules, "datasets", package)
-    with pytest.raises(eval_gsm8k.UserError, match=says):
-        eval_gsm8k.load_gsm8k("a/b")
+    with pytest.raises(command_line.UserError, match=says):
+        gsm8k.load_gsm8k("a/b")
+
+
+def test_a_number_as_the_answer_of_an_embedded_problem(tmp_path):
+    row = {"question": "Q", "cot": "", "answer": 5, "solutions": ["5"]}
+    (problem,) = gsm8k.load_gsm8k(put_rows(tmp_path / "a.jsonl", [row]))
+    assert problem["answer"] == "5"
 
 
 @pytest.mark.parametrize(
@@ -1503,20 +1515,20 @@ def test_a_hub_name_without_network(monkeypatch, package, says):
 )
 def test_a_record_that_is_no_problem(tmp_path, row, says):
     path = put_rows(tmp_path / "a.jsonl", [ROWS[0], row])
-    with pytest.raises(eval_gsm8k.UserError, match=rf"a\.jsonl line 2 .*{says}.*: "):
-        eval_gsm8k.load_gsm8k(path)
+    with pytest.raises(command_line.UserError, match=rf"a\.jsonl line 2 .*{says}.*: "):
+        gsm8k.load_gsm8k(path)
     (tmp_path / "a.json").write_text(json.dumps([ROWS[0], row]))
-    with pytest.raises(eval_gsm8k.UserError, match=rf"a\.json record 2 .*{says}.*: "):
-        eval_gsm8k.load_gsm8k(str(tmp_path / "a.json"))
+    with pytest.raises(command_line.UserError, match=rf"a\.json record 2 .*{says}.*: "):
+        gsm8k.load_gsm8k(str(tmp_path / "a.json"))
 
 
 @needs_gsm8k
 @pytest.mark.parametrize("name, rows, unsolved", [("test", 1319, 111), ("train", 7473, 474)])
 def test_real_gsm8k_files(name, rows, unsolved):
-    problems = eval_gsm8k.load_gsm8k(str(GSM8K / f"{name}.jsonl"))
+    problems = gsm8k.load_gsm8k(str(GSM8K / f"{name}.jsonl"))
     assert len(problems) == rows
     for p in problems:
-        assert eval_gsm8k.final_number(p["answer"]) is not None
+        assert gsm8k.final_number(p["answer"]) is not None
         assert eval_gsm8k.judge(p["answer"], p)[0]
     # some have no note at all, or none for their last step
     assert sum(not eval_gsm8k.judge(p["answer"], p)[1] for p in problems) == unsolved
@@ -1532,8 +1544,8 @@ def test_real_augmented_file(tmp_path):
         lines = file.read().strip().split("\n")
     assert len(lines) == 308_530
     (tmp_path / "some.jsonl").write_text("\n".join(lines[::200]))
-    for p in eval_gsm8k.load_gsm8k(str(tmp_path / "some.jsonl")):
-        assert eval_gsm8k.solves_equations(p["answer"], p["answer"])
+    for p in gsm8k.load_gsm8k(str(tmp_path / "some.jsonl")):
+        assert gsm8k.solves_equations(p["answer"], p["answer"])
 
 
 def test_variants_of_a_test_problem_are_not_trained_on(tmp_path):
@@ -1554,7 +1566,7 @@ def test_variants_of_a_test_problem_are_not_trained_on(tmp_path):
     split = train.load_problems(train.parse_args(["--data", put_rows(tmp_path / "c.jsonl", few)]))
     assert [len(part) for part in split] == [800, 100]  # one of the five texts
     one = train.parse_args(["--data", put_rows(tmp_path / "d.jsonl", few[:200])])
-    with pytest.raises(train.UserError, match="one text with different numbers"):
+    with pytest.raises(command_line.UserError, match="one text with different numbers"):
         train.load_problems(one)
 
 
@@ -1719,6 +1731,16 @@ def test_scores_of_one_model():
     assert {r["model"] for r in rows} == {"order"}
 
 
+def test_the_models_of_plain_pt_have_names_of_their_own():
+    def run(rule, budget, denoiser):
+        right = [denoiser == "stage 1's"] * 2
+        return {"answered": right, "solved": right, "steps": [budget] * 2}
+
+    models = eval_gsm8k.Models("stage 1's", None, None, "baseline's")
+    ((row, _),) = eval_gsm8k.score(run, models, (2,), ["iid"], ())
+    assert row["model"] == "stage 1" and row["answered"] == 1
+
+
 def test_strategy_names():
     names = eval_gsm8k.RULES
     assert len(set(names)) == len(names) == 13
@@ -1784,7 +1806,7 @@ def call(script, *args):
     """Run a script's main in this process; returns its exit code."""
     handler = signal.getsignal(signal.SIGINT)
     try:
-        eval_gsm8k.run_main(lambda: script.main([str(arg) for arg in args]))
+        command_line.run_main(lambda: script.main([str(arg) for arg in args]))
     except SystemExit as stop:
         return stop.code
     finally:
@@ -1894,6 +1916,24 @@ def test_a_checkpoint_from_before_stage_2_has_no_order(trained):
     assert after.policy is not None and after.posterior is not None
 
 
+@pytest.mark.parametrize("stage", ["baseline", "order", "done"])
+def test_ctrl_c_while_a_stage_is_saved(trained, tmp_path, monkeypatch, capsys, stage):
+    save = train.Run.save
+
+    def interrupted(run, path, *args):
+        save(run, path, *args)
+        if (path.name, run.stage, run.step) == ("checkpoint.pt", stage, 0):
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Run, "save", interrupted)
+        assert call(train, *flags(trained), "--out", tmp_path) == 130
+    assert "stopped between two stages; go on with --resume" in capsys.readouterr().err
+    assert not (tmp_path / "results.json").exists()
+    assert call(train, *flags(trained), "--out", tmp_path, "--resume") == 0
+    assert alike(tmp_path / "checkpoint.pt", trained / "out" / "checkpoint.pt")
+
+
 def test_a_second_ctrl_c_stops_at_once(trained, tmp_path, monkeypatch):
     def twice(*args):
         signal.raise_signal(signal.SIGINT)
@@ -1974,7 +2014,7 @@ def test_a_nan_loss_stops_before_the_checkpoint_is_touched(
     trained, tmp_path, monkeypatch, capsys, name, at, saved
 ):
     break_loss(monkeypatch, name, at)
-    monkeypatch.setattr(train, "SAVE_COST", 1e9)  # save after each step
+    monkeypatch.setattr(train, "SAVE_EVERY", -1)  # save after each step
     assert call(train, *flags(trained), "--out", tmp_path) == 2
     assert "; train again with a lower learning rate" in capsys.readouterr().err
     state = state_of(tmp_path / "checkpoint.pt")
@@ -2031,7 +2071,7 @@ class Bomb:
 
 def test_a_checkpoint_cannot_run_code(tmp_path):
     torch.save({"program": "mdmvi", "bomb": Bomb(tmp_path / "gone off")}, tmp_path / "bad.pt")
-    with pytest.raises(eval_gsm8k.UserError, match="damaged or not a checkpoint"):
+    with pytest.raises(command_line.UserError, match="damaged or not a checkpoint"):
         eval_gsm8k.load_checkpoint(tmp_path / "bad.pt")
     assert not (tmp_path / "gone off").exists()
 
@@ -2275,7 +2315,7 @@ def test_too_little_memory_is_not_taken_for_a_missing_compiler(
 
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: fail)
     assert call(train, *flags(trained), "--compile", "--out", tmp_path) == 2
-    complaint(capsys, "too little memory: lower --batch, or raise --accumulate")
+    complaint(capsys, "too little memory: lower --batch .*, or raise --accumulate")
 
 
 def test_nothing_stays_compiled_after_a_stop(tmp_path, trained, monkeypatch):
@@ -2506,7 +2546,7 @@ BAD = [
     (train, "--orders spread --order-lr 0", "trains the denoiser only: --order-lr must be above 0"),
     (train, "--steps 5 --middle-steps 6", "--middle-steps 6 is above --steps 5"),
     (train, f"{TRAIN} new --init x", "cannot read tokenizer.json: put"),
-    (train, "--data few.jsonl --out new", "few.jsonl has 9 problems: at least 10"),
+    (train, "--data few.jsonl --out new", "the data has 9 problems: at least 10"),
     (train, f"{TRAIN} new --max-len 8 --canvas-len 4", "no problem fits: raise"),
     (train, f"{TRAIN} file/out", "file/out.: give another file or folder"),
     (train, f"{TRAIN} file", "'file': give another file or folder"),
@@ -2527,6 +2567,9 @@ BAD = [
     pytest.param(eval_gsm8k, "--checkpoint {good} --data list.json", "list.json"),
     pytest.param(eval_gsm8k, "--checkpoint {good} --data flip.jsonl.gz", "flip"),
     pytest.param(eval_gsm8k, "--checkpoint {good} --data deep.json", "deep"),
+    (eval_gsm8k, "--checkpoint {good} --data digits.jsonl", "digits.jsonl line 1 is not JSON"),
+    (eval_gsm8k, f"{SCORE} --device meta", "--device meta is not there: choose"),
+    (train, "--max-len 1000000000000 --out new", "too little memory: lower --batch or --max-len"),
     *(
         pytest.param(*case, "seed")
         for case in (
@@ -2558,6 +2601,7 @@ def make_bad_files(folder, trained):
         "few.jsonl": (row + b"\n") * 9,
         "flip.jsonl.gz": bytes(packed),
         "deep.json": b"[" * 99_999,
+        "digits.jsonl": b'{"question": "Q", "cot": "", "answer": ' + b"1" * 5000 + b"}",
         "file": b"",
     }
     for name, content in files.items():
@@ -2803,6 +2847,21 @@ def test_no_network_as_a_process(tmp_path):
     assert err.startswith("train.py: cannot load no/body from the hub (")
 
 
+def test_a_prompt_from_standard_input_that_is_no_text(trained):
+    line = [sys.executable, "sample.py", "--checkpoint", str(trained / "out" / "checkpoint.pt")]
+    env = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run(line, input=b"caf\xe9", cwd=FOLDER, capture_output=True, env=env)
+    assert done.returncode == 2 and done.stderr.count(b"\n") == 1 and b"not UTF-8" in done.stderr
+
+
+def test_a_file_that_must_not_be_written(tmp_path, monkeypatch):
+    (tmp_path / "rows.json").write_text("[]")
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) == tmp_path)
+    assert command_line.writable(str(tmp_path / "new.json")) == str(tmp_path / "new.json")
+    with pytest.raises(command_line.UserError, match="cannot write"):
+        command_line.writable(str(tmp_path / "rows.json"))
+
+
 def test_ctrl_c_as_a_process(trained, tmp_path):
     more = ["--steps", 100_000, "--out", tmp_path]
     run = process("train.py", *flags(trained), *more)
@@ -2823,7 +2882,7 @@ def test_ctrl_c_as_a_process(trained, tmp_path):
     ],
 )
 def test_output_survives_a_reader_that_goes_away(body):
-    line = ("-c", f"import eval_gsm8k; eval_gsm8k.run_main(lambda: {body})")
+    line = ("-c", f"from examples import command_line; command_line.run_main(lambda: {body})")
     env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     run = process(*line, env=env)
     run.stdout.close()

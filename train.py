@@ -2,7 +2,7 @@
 
     python train.py                                    # embedded word problems, CPU, minutes
     python train.py --data openai/gsm8k --max-len 256 --canvas-len 96
-    python train.py --resume                           # go on from out/checkpoint.pt
+    python train.py --resume               # go on from out/checkpoint.pt, with the same flags
     python train.py --start out/plain.pt --budget 10 --out out10      # stage 2, another budget
 
 Everything is in one file, out/checkpoint.pt; out/plain.pt is that file as it was before stage 2,
@@ -21,7 +21,6 @@ import signal
 import sys
 import time
 from argparse import BooleanOptionalAction
-from collections import Counter
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal, get_args
@@ -31,8 +30,8 @@ from tqdm import tqdm
 
 import eval_gsm8k
 import mdmvi
-from eval_gsm8k import UserError, amount, positive, whole
-from examples import smdm, spread
+from examples import gsm8k, smdm, spread
+from examples.command_line import Parser, UserError, amount, positive, run_main, use_device, whole
 from examples.muon import make_optimizers
 
 #           layers, heads, width, hidden
@@ -47,15 +46,16 @@ STAGES = ("plain", "baseline", "order", "done")
 MIDDLE = (0.2, 0.7)  # mask rates: below, a sum can be copied; above, its numbers are hidden
 SEARCH_STEPS, SEARCH_BATCH = 200, 32  # the posterior's training on the runs that were searched
 TIMETABLE_PASSES = 400  # of the search for a timetable, on each of its problems
-HELD_OUT = 256  # problems of a file that are not trained on, and those that bounds are of
-SAVE_COST = 0.02  # the share of the time that saving may take
+HELD_OUT = 256  # problems kept from training on a file; the closing bounds are taken on so many
+SAVE_EVERY = 300  # seconds: a checkpoint of 170M parameters may take five
 FREE = {"out", "resume", "start", "device", "compile", "problems"}  # may differ when a run goes on
 STAGE_1 = ("answers", "size", "init", "max_len", "canvas_len")  # may not differ from --start's run
 
 
 @dataclass
 class Args:
-    """The flags of a run, kept in checkpoints. An annotation reads one, a comment is its help."""
+    """The flags of a run, kept in checkpoints. A field's annotation is the flag's type or choices,
+    its comment the text of --help."""
 
     data: str = "shopping"  # or carries; a .json/.jsonl(.gz/.xz) file, folder or hub name
     answers: Literal["equations", "full"] = "equations"  # of --data: the <<...>> notes, or all
@@ -90,7 +90,7 @@ class Args:
 
 def parse_args(argv=None):
     """Args from the command line; raises UserError for what is out of range."""
-    parser = eval_gsm8k.Parser(__doc__)
+    parser = Parser(__doc__)
     helps = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Args), re.M))
     for field in fields(Args):
         options = {"default": field.default, "help": helps[field.name]}
@@ -114,7 +114,7 @@ def parse_args(argv=None):
             raise UserError("--orders spread trains the denoiser only: --order-lr must be above 0")
     if args.middle_steps > args.steps:
         raise UserError(f"--middle-steps {args.middle_steps} is above --steps {args.steps}")
-    eval_gsm8k.check_device(args.device)
+    use_device(args.device)
     return args
 
 
@@ -197,31 +197,14 @@ def load_problems(args):
     if args.data in eval_gsm8k.TASKS:
         draw = eval_gsm8k.TASKS[args.data]
         return draw(60_000, 0, False), draw(max(args.problems, HELD_OUT), 1, True)
-    problems = eval_gsm8k.load_gsm8k(args.data, args.answers)
-    limit = len(problems) // 10
-    if limit == 0:
-        raise UserError(f"{args.data} has {len(problems)} problems: at least 10 are needed")
-    order = torch.randperm(len(problems), generator=torch.Generator().manual_seed(0)).tolist()
-    # Variants of one problem differ in their numbers only: keep them on one side of the split,
-    # but beyond the first text take no more than a tenth of the problems away from training.
-    words = ["".join(filter(str.isalpha, problem["question"])) for problem in problems]
-    variants, seen, held_out, room = Counter(words), set(), [], limit
-    for i in order:
-        more = 0 if words[i] in seen else variants[words[i]]
-        if len(held_out) < min(HELD_OUT, limit) and (more <= room or not seen):
-            held_out.append(problems[i])
-            seen.add(words[i])
-            room = max(0, room - more)
-    training = [problems[i] for i in order if words[i] not in seen]
-    if not training:
-        raise UserError(f"{args.data} holds one text with different numbers only: add others")
-    return training, held_out
+    problems = gsm8k.load_gsm8k(args.data, args.answers)
+    return gsm8k.hold_out(problems, HELD_OUT)
 
 
 def make_tokenizer(args, problems):
     """Built from the training text, or the one that --init comes with."""
     if args.init:
-        return eval_gsm8k.LlamaTokenizer(smdm.read_tokenizer(args.init))
+        return smdm.LlamaTokenizer(smdm.read_tokenizer(args.init))
     sample = problems[:: max(1, len(problems) // 20_000)]
     texts = (p["question"] + eval_gsm8k.SEPARATOR + p["answer"] for p in sample)
     return eval_gsm8k.Tokenizer.build(texts)
@@ -237,12 +220,12 @@ def autocast(device):
 
 
 def stage_groups(run, stage):
-    """(parameter groups, number of steps, problems a step) of a stage."""
+    """(parameter groups, number of steps, problems a step); freezes what is not to be trained."""
     args = run.args
     if stage == "plain":
         return mdmvi.parameter_groups(run.denoiser, None, None, args.lr), args.steps, args.batch
     if stage == "baseline":
-        # As many passes as stage 2 takes, those of its search too: one without gradient is a third
+        # As many passes as stage 2 takes. Those of its search have no gradient: three count as one
         n = args.order_batch * (args.paths + (args.estimator == "importance"))
         passes = args.canvas_len if args.orders == "runs" else TIMETABLE_PASSES
         searched = math.ceil(args.search * passes / 3 / n) if args.budget > 1 else 0
@@ -252,7 +235,8 @@ def stage_groups(run, stage):
     if args.orders == "runs":
         run.posterior.trunk.wte.requires_grad_(False)  # as in start_from
     networks = (run.denoiser, run.policy, run.posterior)
-    # Free scores begin as noise: no order could be given up. "paper" keeps what RESULTS.md has
+    # Free scores begin as noise, with no searched order to protect, so at a full rate and with a
+    # short warm-up. "paper" has the rates that RESULTS.md was made with.
     rate, warm_up = (1, 0.05) if args.orders == "free" else (0.1, 0.2)
     rates = (args.order_lr, args.head_lr, rate * args.head_lr)
     groups = mdmvi.parameter_groups(*networks, *rates, warm_up)
@@ -298,22 +282,15 @@ def train_step(run, stage, step, steps, data, n, optimizers):
 def compiled(run, stage, data, n):
     """torch.compile what a step spends its time in, and try it on a micro-batch of this stage."""
     owners = ((mdmvi, "token_log_prob"), (mdmvi, "step_bound"), (mdmvi.OrderPosterior, "scores"))
-    eager = [(owner, name, getattr(owner, name)) for owner, name in owners]
-
-    def set_back():
-        for owner, name, function in eager:
-            setattr(owner, name, function)
-
-    try:
-        if run.args.compile:
-            for owner, name, function in eager:
-                setattr(owner, name, torch.compile(function, dynamic=False))
-            run.args.compile = compiles(run, stage, data, n)
-            if not run.args.compile:
-                set_back()
+    with contextlib.ExitStack() as set_back:
+        for owner, name in owners if run.args.compile else ():
+            function = getattr(owner, name)
+            set_back.callback(setattr, owner, name, function)
+            setattr(owner, name, torch.compile(function, dynamic=False))
+        if run.args.compile and not compiles(run, stage, data, n):
+            run.args.compile = False
+            set_back.close()
         yield
-    finally:
-        set_back()
 
 
 def compiles(run, stage, data, n):
@@ -353,13 +330,13 @@ def train_stage(run, data, stop, log):
         tqdm(total=steps, initial=run.step, desc=stage, unit="step", mininterval=1.0) as bar,
     ):
         total, since, began = 0.0, 0, time.perf_counter()
-        saved, cost = time.perf_counter(), 1.0
+        saved = time.perf_counter()
         while run.step < steps:
             total = total + train_step(run, stage, run.step, steps, data, n, optimizers)
             since += 1
             run.step += 1
             bar.update()
-            saving = stop or time.perf_counter() - saved > cost / SAVE_COST
+            saving = stop or time.perf_counter() - saved > SAVE_EVERY
             if saving or run.step % 20 == 0 or run.step == steps:
                 loss, kl = (total / since).tolist()  # the only place that waits for the device
                 if not math.isfinite(loss):
@@ -375,20 +352,18 @@ def train_stage(run, data, stop, log):
                 run.logged = log.tell()
                 total, since, began = 0.0, 0, time.perf_counter()
             if saving:
-                start = time.perf_counter()
                 run.save(path, optimizers)
                 saved = time.perf_counter()
-                cost = max(saved - start, 0.2)
             if stop:
                 raise KeyboardInterrupt(f"stopped at {stage} step {run.step}; go on with --resume")
 
 
 def search_timetable(run, tokens, canvas):
     """Posterior and policy take the timetable that is best for some problems under the denoiser."""
-    start = run.posterior.timetable
+    before = run.posterior.timetable
     with autocast(run.device):
         timetable = spread.search_timetable(
-            run.denoiser, tokens, canvas, start, TIMETABLE_PASSES, run.generator
+            run.denoiser, tokens, canvas, before, TIMETABLE_PASSES, run.generator
         )
     run.posterior.timetable.copy_(timetable)
     run.policy.follow(timetable)
@@ -428,7 +403,7 @@ def train(run, data):
         log.truncate(min(run.logged, log.tell()))  # drop what a killed run told after it had saved
         while run.stage != "done":
             if run.stage == "order" and run.step == 0:
-                signal.signal(signal.SIGINT, signal.default_int_handler)  # here all is saved
+                signal.signal(signal.SIGINT, signal.default_int_handler)  # nothing is unsaved here
                 run.begin_orders()
                 if args.search and args.budget > 1:
                     search = search_cuts if args.orders == "runs" else search_timetable
@@ -441,6 +416,8 @@ def train(run, data):
             if run.stage == "order":
                 run.save(out / "plain.pt")
             run.save(out / "checkpoint.pt")
+            if stop:  # while it was saved
+                raise KeyboardInterrupt("stopped between two stages; go on with --resume")
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -503,4 +480,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    eval_gsm8k.run_main(main)
+    run_main(main)

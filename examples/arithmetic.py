@@ -27,6 +27,8 @@ import itertools
 import json
 import random
 
+from examples.command_line import Parser, UserError, positive, run_main, whole
+
 PEOPLE = {"Ann": "she", "Ben": "he", "Eva": "she", "Leo": "he", "Mia": "she", "Sam": "he"}
 PEOPLE |= {"Tom": "he", "Zoe": "she"}
 THINGS = ("pens", "cups", "mugs", "books", "hats", "toys", "plants", "lamps", "cakes", "bowls")
@@ -46,15 +48,19 @@ def draw_problems(n, seed, held_out, draw_numbers, tell):
 
     draw_numbers(rng) -> what the split goes by. tell(rng, numbers) -> (question, choices, k,
     write): write(order) is a solution for each order of k of the choices. The answer is one of
-    them, drawn evenly, and `solutions` are all. No held-out question comes twice.
+    them, drawn evenly, and `solutions` are all. No held-out question comes twice: UserError where
+    there are not that many.
     """
-    rng, found, asked = random.Random(seed), [], set()
+    rng, found, asked, repeated = random.Random(seed), [], set(), 0
     while len(found) < n:
         numbers = draw_numbers(rng)
         if is_held_out(numbers) != held_out:
             continue
         question, choices, k, write = tell(rng, numbers)
         if held_out and question in asked:
+            repeated += 1
+            if repeated > 1000 + 10 * n:
+                raise UserError(f"this task has hardly more than {len(found)} held-out questions")
             continue
         asked.add(question)
         solutions = sorted({write(order) for order in itertools.permutations(choices, k)})
@@ -137,8 +143,6 @@ TASKS = {"shopping": shopping, "carries": carries}
 
 
 def main(argv=None):
-    from eval_gsm8k import Parser, positive, whole  # which imports this file
-
     parser = Parser(__doc__)
     parser.add_argument("--task", choices=TASKS, default="shopping", help="which of the two")
     parser.add_argument("--problems", type=positive, default=10, help="how many")
@@ -150,6 +154,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    from eval_gsm8k import run_main
-
     run_main(main)

@@ -21,10 +21,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import eval_gsm8k
 import mdmvi
 import train
-from eval_gsm8k import UserError
+from examples.command_line import Parser, UserError, aligned, positive, run_main, use_device
 from examples.muon import make_optimizers
 
 # Dense bf16 products with fp32 sums, FLOP/s, by a part of the GPU's name; the first that fits.
@@ -47,8 +46,8 @@ PATHS = 3  # paths a problem: four passes, as a step of stage 2 takes them
 
 def parse_args(argv=None):
     """Flags, filled up from --paper or the defaults, as train.Args and the other flags."""
-    parser = eval_gsm8k.Parser(__doc__)
-    add, positive = parser.add_argument, eval_gsm8k.positive
+    parser = Parser(__doc__)
+    add = parser.add_argument
     gpu = torch.cuda.is_available()
     add("--paper", action="store_true", help="170m, 256 tokens, canvas 96, batch 256, AdamW")
     add("--size", choices=tuple(train.SIZES), help="shape of the model (small)")
@@ -78,7 +77,7 @@ def parse_args(argv=None):
         raise UserError(
             f"--accumulate {flags.accumulate} must divide {problems}, a step's problems"
         )
-    eval_gsm8k.check_device(flags.device)
+    use_device(flags.device)
     return flags
 
 
@@ -212,7 +211,7 @@ def print_stages(run, flags, data):
         peak = f"{peaks[stage] / 2**30:.2f}" if peaks else ""
         ratio = f"{seconds / best['plain']:.2f}"
         rows.append((f"{stage} step", f"{1e3 * seconds:.1f}", rate, ratio, peak))
-    print(eval_gsm8k.aligned(rows))
+    print(aligned(rows))
     rate = flags.batch * flops_of(run.config, flags.canvas_len / 2) / best["plain"]
     peak = next((peak for part, peak in PEAKS.items() if part in describe(device)), None)
     line = f"plain step: {rate / 1e12:.3f} TFLOP/s" + (f", MFU {rate / peak:.1%}" if peak else "")
@@ -242,7 +241,7 @@ def print_samplers(run, flags, data):
         row = (strategy, f"{n / best['sample']:.1f}", f"{steps:.2f}")
         rows.append((*row, f"{best['sample'] / (steps * best['bare']):.2f}"))
     precision = "TF32" if run.device.type == "cuda" else "fp32"
-    print(f"\n{n} problems together, {precision}\n\n{eval_gsm8k.aligned(rows)}")
+    print(f"\n{n} problems together, {precision}\n\n{aligned(rows)}")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -352,7 +351,7 @@ def print_against_plain(run, flags, data):
     for name, s in best.items():
         rate = f"{flags.batch * flags.max_len / s:,.0f}"
         rows.append((name, f"{1e3 * s:.1f}", rate, f"{s / best['as built']:.2f}"))
-    print(eval_gsm8k.aligned(rows))
+    print(aligned(rows))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -462,7 +461,7 @@ def print_memory(run, flags):
             name = f"scoring 128 with {strategy}, temperature {temperature:.0f}"
             rows.append((name, f"{peak:.1f}", *[""] * 3))
     print("computed; the driver and the allocator take about 1 GiB more\n")
-    print(eval_gsm8k.aligned(rows))
+    print(aligned(rows))
     flops = flags.batch * flops_of(run.config, flags.canvas_len / 2) * (45_000 + 2 * 15_000)
     print(
         f"\n45,000 plain, 15,000 further and 15,000 order steps: {flops:.2e} FLOP, at 40% of peak"
@@ -492,4 +491,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    eval_gsm8k.run_main(main)
+    run_main(main)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import eval_gsm8k
 import mdmvi
-from eval_gsm8k import Parser, UserError, positive, run_main, whole
+from examples.command_line import Parser, UserError, aligned, positive, run_main, use_device, whole
 from examples.spread import canvas_place, equal_parts
 
 RULES = (*mdmvi.CONFIDENCE_RULES, "left_to_right")  # none of them draws
@@ -95,7 +95,7 @@ def main(argv=None):
     add("--seed", type=whole, default=0, help="seed of the draws")
     add("--device", default=device, help="cpu, cuda, cuda:1, ...")
     args = parser.parse_args(argv)
-    eval_gsm8k.check_device(args.device)
+    use_device(args.device)
     checkpoint, tokenizer, models = eval_gsm8k.load_checkpoint(args.checkpoint, args.device)
     problems = eval_gsm8k.pick_problems(checkpoint, args.data, args.problems)
     tokens, canvas, fits = eval_gsm8k.encode_problems(problems, tokenizer, models.denoiser.config)
@@ -140,7 +140,7 @@ def main(argv=None):
         ahead = "" if ours is None or ours is nats else interval(ours - nats)
         lines.append((order, model, interval(nats), ahead))
     print(f"\n{len(tokens)} of {len(fits)} problems fit; T = {budget}, bounds on log p\n")
-    print(eval_gsm8k.aligned(lines))
+    print(aligned(lines))
 
 
 if __name__ == "__main__":

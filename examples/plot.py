@@ -9,7 +9,8 @@ Takes the rows that eval_gsm8k.py and train.py write, of one run or of several (
 
 from pathlib import Path
 
-from eval_gsm8k import Parser, UserError, aligned, read_records, run_main, writable
+from examples.command_line import Parser, UserError, aligned, run_main, writable
+from examples.gsm8k import read_records
 
 LABELS = {"answered": "right answers, %", "solved": "right solutions, %"}
 MARKERS = ".x"  # colours repeat after ten rules

@@ -3,8 +3,9 @@
     python -m examples.smdm check mdm-170M-100e18.safetensors
     python -m examples.smdm to-safetensors out/checkpoint.pt denoiser.safetensors
 
-The two models are the same, only the names of their parameters differ. Here are these names, and
-the checks that a file fits; train.py --init uses them. Needs pip install safetensors.
+The two models are the same, only the names of their parameters differ. Here are these names, the
+checks that a file fits, and the tokenizer that goes with it; train.py --init uses them. Needs pip
+install safetensors tokenizers.
 """
 
 import contextlib
@@ -14,7 +15,7 @@ from pathlib import Path
 import torch
 
 import mdmvi
-from eval_gsm8k import Parser, UserError, load_checkpoint, run_main
+from examples.command_line import Parser, UserError, run_main
 
 HUB = {"smdm-170m": ("nieshen/SMDM", "mdm-170M-100e18.safetensors")}  # name: repository, file
 HUB_TOKENIZER = ("TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T", "tokenizer.json")
@@ -88,6 +89,32 @@ def read_tokenizer(path_or_name):
         raise UserError(f"cannot read {path}: put the tokenizer.json of TinyLlama there")
 
 
+class LlamaTokenizer:
+    """The LLaMA BPE of a published checkpoint, from the text of its tokenizer.json."""
+
+    eos_id, vocab_size, mask_id = 2, 32_000, 32_000
+
+    def __init__(self, pieces):
+        try:
+            import tokenizers
+        except ImportError:
+            raise UserError("the LLaMA tokenizer needs its package: pip install tokenizers")
+        try:
+            self.pieces, self.bpe = pieces, tokenizers.Tokenizer.from_str(pieces)
+        except Exception as error:  # tokenizers raises plain Exception
+            reason = str(error)[:80]
+            raise UserError(f"this is not a tokenizer.json ({reason}): give the one of TinyLlama")
+        pieces = self.bpe.get_vocab_size()
+        if pieces > self.vocab_size:
+            raise UserError(f"this tokenizer.json has {pieces} pieces: give the one of TinyLlama")
+
+    def encode(self, text):
+        return self.bpe.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids):
+        return self.bpe.decode(list(ids))
+
+
 def check_fit(path, tensors, denoiser):
     """Raise UserError unless `tensors` has the keys and shapes of `denoiser`, and no others."""
     expected = {smdm_name(name): weight.shape for name, weight in denoiser.state_dict().items()}
@@ -153,6 +180,8 @@ def print_facts(path_or_name):
 
 
 def main(argv=None):
+    from eval_gsm8k import load_checkpoint  # which imports this file
+
     parser = Parser(__doc__)
     parser.add_argument("command", choices=("check", "to-safetensors"), help="which of the two")
     parser.add_argument("file", help="SMDM file to check, or checkpoint.pt of train.py to export")

@@ -25,17 +25,8 @@ from tqdm import tqdm
 
 import mdmvi
 import train
-from eval_gsm8k import (
-    Parser,
-    UserError,
-    aligned,
-    check_device,
-    mcnemar,
-    p_text,
-    positive,
-    run_main,
-    wilson,
-)
+from eval_gsm8k import mcnemar, p_text, wilson
+from examples.command_line import Parser, UserError, aligned, positive, run_main, use_device
 from examples.muon import make_optimizers
 
 # --------------------------------------------------------------------------------------------------
@@ -189,7 +180,7 @@ def sure_first_steps(denoiser, tokens, canvas, budget, sure=SURE):
         hidden = denoiser(tokens.masked_fill(masked, denoiser.mask_id))
         p = mdmvi.confidence("top_prob", denoiser.logits(hidden[masked]))
         p = masked.float().masked_scatter(masked, p)
-        reveal = masked & (p > sure) | mdmvi.top_1(p, masked)
+        reveal = masked & (p > sure) | mdmvi.top_k(p, masked, 1)
         yield hidden, masked, reveal
         masked = masked & ~reveal
 
@@ -402,7 +393,7 @@ def parse_args(argv=None):
         raise UserError(f"--seed is {args.seed}: it must be at least 0, and below 2^62")
     if args.json and (Path(args.json).is_dir() or not Path(args.json).absolute().parent.is_dir()):
         raise UserError(f"--json {args.json} is no file in a folder that is there: give another")
-    check_device(args.device)
+    use_device(args.device)
     return args
 
 

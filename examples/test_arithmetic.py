@@ -16,7 +16,8 @@ import pytest
 
 import eval_gsm8k
 import train
-from examples import arithmetic
+from examples import arithmetic, gsm8k
+from examples.command_line import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 SIGNS = {"buys": 1, "finds": 1, "gets": 1, "sells": -1, "loses": -1, "lends": -1}
@@ -78,7 +79,7 @@ def test_solutions_are_those_of_the_question(task):
         assert set(p["solutions"]) == right_answers(p["question"]), p["question"]
         assert len(p["solutions"]) == len(set(p["solutions"])) and p["answer"] in p["solutions"]
         if task == "carries":
-            assert eval_gsm8k.solves_equations(p["answer"], p["answer"])
+            assert gsm8k.solves_equations(p["answer"], p["answer"])
 
 
 @each_task
@@ -164,3 +165,16 @@ def test_the_command_line():
     for extra, draw in ([], arithmetic.shopping), (["--task", "carries"], arithmetic.carries):
         done = subprocess.run(line + extra, cwd=ROOT, capture_output=True, text=True, check=True)
         assert [json.loads(x) for x in done.stdout.splitlines()] == draw(3, 0, True)
+
+
+def test_more_held_out_questions_than_there_are():
+    def draw_numbers(rng):
+        return [rng.randint(1, 99), 1]
+
+    def tell(rng, numbers):
+        return str(numbers), [1], 1, lambda order: "1"
+
+    there = sum(map(arithmetic.is_held_out, ([n, 1] for n in range(1, 100))))
+    assert len(arithmetic.draw_problems(there, 0, True, draw_numbers, tell)) == there
+    with pytest.raises(UserError, match=f"hardly more than {there} held-out"):
+        arithmetic.draw_problems(there + 1, 0, True, draw_numbers, tell)

@@ -6,8 +6,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import mdmvi
 import train
-from eval_gsm8k import UserError
 from examples import benchmark
+from examples.command_line import UserError
 
 SMALL = ["--size", "tiny", "--batch", "16", "--max-len", "24", "--canvas-len", "8", "--vocab", "40"]
 SMALL += ["--device", "cpu", "--no-compile", "--repeats", "1", "--budget", "3"]

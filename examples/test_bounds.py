@@ -8,7 +8,7 @@ import torch
 
 import eval_gsm8k
 import mdmvi
-from examples import bounds, spread
+from examples import bounds, command_line, spread
 
 
 def tiny_denoiser():
@@ -142,5 +142,5 @@ def test_the_table(orders, chosen, monkeypatch, capsys):
 
 
 def test_refuses_no_checkpoint(tmp_path):
-    with pytest.raises(eval_gsm8k.UserError, match="no checkpoint"):
+    with pytest.raises(command_line.UserError, match="no checkpoint"):
         bounds.main(["--checkpoint", str(tmp_path / "none.pt")])

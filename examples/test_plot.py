@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from eval_gsm8k import run_main
 from examples import plot
+from examples.command_line import run_main
 
 
 def row(method, match, budget, steps, answered, solved=0.0):

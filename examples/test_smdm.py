@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+import eval_gsm8k
 import mdmvi
-from eval_gsm8k import UserError
 from examples import smdm
+from examples.command_line import UserError
 
 package = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
 torch.set_num_threads(1)
@@ -201,7 +202,7 @@ def test_check_tells_the_shape(saved, capsys):
 def test_export_of_a_checkpoint(tmp_path, monkeypatch, capsys):
     checkpoint, denoiser = tmp_path / "checkpoint.pt", make_denoiser()
     loaded = {str(checkpoint): (None, None, types.SimpleNamespace(denoiser=denoiser))}
-    monkeypatch.setattr(smdm, "load_checkpoint", loaded.get)
+    monkeypatch.setattr(eval_gsm8k, "load_checkpoint", loaded.get)
     out = tmp_path / "m.safetensors"
     smdm.main(["to-safetensors", str(checkpoint), str(out)])
     assert str(out) in capsys.readouterr().out

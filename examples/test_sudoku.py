@@ -10,10 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import eval_gsm8k
 import mdmvi
 import train
-from examples import sudoku
+from examples import command_line, sudoku
 
 torch.set_num_threads(1)
 BOXES = {  # which box each cell is in
@@ -237,7 +236,7 @@ def run(capsys, *argv):
     """(exit code, stdout, stderr) of the program."""
     code = 0
     try:
-        eval_gsm8k.run_main(lambda: sudoku.main([*map(str, argv), "--device", "cpu"]))
+        command_line.run_main(lambda: sudoku.main([*map(str, argv), "--device", "cpu"]))
     except SystemExit as stop:
         code = stop.code
     return code, *capsys.readouterr()
@@ -326,7 +325,7 @@ def test_the_policy_learns_the_search(small):
 def test_bad_input_is_one_line(flags, word, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
-        eval_gsm8k.run_main(lambda: sudoku.main(flags.split()))
+        command_line.run_main(lambda: sudoku.main(flags.split()))
     out, err = capsys.readouterr()
     assert stop.value.code == 2 and out == "" and err.count("\n") == 1 and word in err
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import mdmvi
-from eval_gsm8k import UserError
 from examples import transformers_model
+from examples.command_line import UserError
 from examples.transformers_model import TransformersDenoiser, generate_blocks
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")

@@ -15,9 +15,8 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-import eval_gsm8k
 import mdmvi
-from examples import vmd
+from examples import command_line, vmd
 
 torch.set_num_threads(1)
 X0 = torch.tensor([[2, 0, 1, 1], [1, 2, 0, 0]])
@@ -438,7 +437,7 @@ def run(capsys, *argv):
     """(exit code, stdout, stderr) of the program."""
     code = 0
     try:
-        eval_gsm8k.run_main(lambda: vmd.main([*map(str, argv), "--device", "cpu"]))
+        command_line.run_main(lambda: vmd.main([*map(str, argv), "--device", "cpu"]))
     except SystemExit as stop:
         code = stop.code
     return code, *capsys.readouterr()
@@ -514,7 +513,7 @@ def test_bad_input_is_one_line(flags, word, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, out, err = 0, "", ""
     with pytest.raises(SystemExit) as stop:
-        eval_gsm8k.run_main(lambda: vmd.main(flags.split()))
+        command_line.run_main(lambda: vmd.main(flags.split()))
     code, (out, err) = stop.value.code, capsys.readouterr()
     one_line((code, out, err), word)
 

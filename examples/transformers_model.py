@@ -17,7 +17,8 @@ from torch import nn
 from tqdm import tqdm
 
 import mdmvi
-from eval_gsm8k import Parser, UserError, check_device, positive, read_records, run_main
+from examples.command_line import Parser, UserError, positive, run_main, use_device
+from examples.gsm8k import read_records
 
 BOTH_WAYS = {"is_causal": False, "use_cache": False}  # BERT-like models attend so anyway
 TAU = 0.1
@@ -237,7 +238,7 @@ def parse_args(argv):
     add("--seed", type=int, default=0, help="seed of the weights and of every draw")
     add("--device", default=device, help="cpu, cuda, cuda:1, ...")
     args = parser.parse_args(argv)
-    check_device(args.device)
+    use_device(args.device)
     return args
 
 

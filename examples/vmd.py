@@ -23,16 +23,9 @@ from torch import nn
 
 import mdmvi
 import train
-from eval_gsm8k import (
-    Parser,
-    UserError,
-    aligned,
-    check_device,
-    positive,
-    run_main,
-    wilson,
-)
+from eval_gsm8k import wilson
 from examples import sudoku
+from examples.command_line import Parser, UserError, aligned, positive, run_main, use_device
 
 # ------------------------------------------------------------------------------------------------
 # Model
@@ -391,7 +384,7 @@ def parse_args(argv=None):
         raise UserError(f"--seed is {args.seed}: it must be at least 0, and below 2^62")
     if args.json and not Path(args.json).absolute().parent.is_dir():
         raise UserError(f"--json {args.json} is in a folder that is not there: make it first")
-    check_device(args.device)
+    use_device(args.device)
     recipe = dict(grids if args.sudoku else pairs)
     given = {name: getattr(args, name) for name in ("latent_dim", "budget", "steps")}
     recipe.update({name: value for name, value in given.items() if value is not None})

@@ -1,0 +1,103 @@
+"""What the scripts share: types of flags, plain tables, one line for what the user can mend."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+
+class UserError(Exception):
+    """Something the user can put right: printed as one line on stderr, exit code 2."""
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Keep the examples as written, and show every default that is set."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with our one line on stderr instead of its usage block."""
+
+    def __init__(self, doc):
+        super().__init__(description=doc, formatter_class=HelpFormatter, allow_abbrev=False)
+
+    def error(self, message):
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def at_least(least, kind=int):
+    """argparse type: a number from `least` up that torch takes, as a seed too."""
+
+    def number(text):
+        value = kind(text)
+        if not least <= value < 2**63:
+            raise argparse.ArgumentTypeError(f"{value} is not in {least} .. 2^63 - 1")
+        return value
+
+    return number
+
+
+positive, whole, amount = at_least(1), at_least(0), at_least(0, float)
+
+
+def use_device(name):
+    """Raise UserError if there is no such device; on CUDA, let fp32 products use TF32."""
+    try:
+        kind = torch.empty(0, device=name).device.type
+    except (RuntimeError, AssertionError):
+        kind = None
+    if kind not in ("cpu", "cuda"):
+        raise UserError(f"--device {name} is not there: choose cpu, or cuda where there is a GPU")
+    if kind == "cuda":
+        torch.cuda.set_device(torch.device(name).index or 0)
+        torch.set_float32_matmul_precision("high")
+
+
+def writable(path):
+    """argparse type: a file that can be written, found out before the long work."""
+    file = Path(path).absolute()
+    if not os.access(file if file.exists() else file.parent, os.W_OK) or file.is_dir():
+        raise UserError(f"cannot write {path}: give a file in a folder that can be written")
+    return path
+
+
+def aligned(lines):
+    """Rows of cells as plain text in columns."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    rows = ("  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in lines)
+    return "\n".join(rows)
+
+
+def complain(message):
+    """Leave with one line on stderr and exit code 2."""
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def run_main(main):
+    """Run a script: what the user can mend is one line on stderr and exit code 2, Ctrl-C is 130."""
+    try:
+        try:
+            main()
+        finally:  # argparse leaves by SystemExit after --help
+            sys.stdout.flush()
+    except KeyboardInterrupt as stop:  # train.py says where
+        print(str(stop) or "stopped", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader, head say, has seen enough; nothing to flush to it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except UserError as error:
+        complain(error)
+    except OSError as error:
+        complain(f"{error}: give another file or folder")
+    except UnicodeDecodeError as error:
+        complain(f"the input is not UTF-8 text ({error.reason})")
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "t allocate memory" not in str(error):
+            raise
+        complain("too little memory: lower --batch or --max-len, or raise --accumulate of train.py")

@@ -12,13 +12,12 @@ reveal together is a latent variable r here, learned by variational inference (F
 
 Shapes: B batch, N sequence length, L canvas length, V vocabulary, D width, T = budget (steps), K
 paths of a sequence, M places that are scored in a whole batch.
-`canvas` is a bool [B, N], true where the answer goes, in at least one place of every row
-(`generate` takes rows without any).
-`masked` is the part of it that is still hidden (M_s). `tokens` are the clean sequence x_0, int64
-[B, N]; x_s is x_0 with M_s replaced by MASK. `generator` is a torch.Generator on the tensors'
-device, or None for the global one. Log-probabilities are in nats. (R) marks what is rebuilt from
-summaries of [F]: the policy's input, the posterior's form and the loss. (ours) marks what is not in
-[F]. No network is told the step s, only which tokens are masked.
+`canvas` is a bool [B, N], true where the answer goes, at least once in every row (`generate`
+takes rows without any). `masked` is the part of it that is still hidden (M_s). `tokens` are the
+clean sequence x_0, int64 [B, N]; x_s is x_0 with M_s replaced by MASK. `generator` is a
+torch.Generator on the tensors' device, or None for the global one. Log-probabilities are in nats.
+(R) marks what is rebuilt from summaries of [F]: the policy's input, the posterior's form, the loss.
+(ours) marks what is not in [F]. No network is told the step s, only which tokens are masked.
 
 A denoiser is any object with `denoiser(tokens)` -> hidden [B, N, D], `denoiser.logits(hidden)`
 for hidden [M, D] -> [M, V], -inf for MASK, and the attributes `mask_id` and (for eos_aware rules)
@@ -233,16 +232,6 @@ class OrderPosterior(nn.Module):
 
     def forward(self, tokens, canvas):
         return F.logsigmoid(self.scores(tokens, canvas))
-
-    def start_from(self, denoiser):
-        """Copy embedding, first blocks and norm of a `Denoiser` of this width (ours): it can read.
-
-        The embedding is frozen: with a large vocabulary it is most of the cost.
-        """
-        state = denoiser.trunk.state_dict()
-        self.trunk.load_state_dict({name: state[name] for name in self.trunk.state_dict()})
-        self.trunk.wte.requires_grad_(False)
-        return self
 
 
 def reveal_log_prob(log_alpha, masked, tau):
@@ -611,6 +600,16 @@ class RunPosterior(OrderPosterior):
         cut = (self.SHARPEN * self.scores(tokens, canvas)).sigmoid()
         return -self.SPACING * (cut * canvas).cumsum(1)
 
+    def start_from(self, denoiser):
+        """Copy embedding, first blocks and norm of a `Denoiser` of this width: it can read.
+
+        The embedding is frozen: with a large vocabulary it is most of the cost.
+        """
+        state = denoiser.trunk.state_dict()
+        self.trunk.load_state_dict({name: state[name] for name in self.trunk.state_dict()})
+        self.trunk.wte.requires_grad_(False)
+        return self
+
 
 class RunPolicy(PlacePolicy):
     """A `PlacePolicy` for runs: pi_i is the product of sigmoid(u_j) over j <= i in M_s.
@@ -629,7 +628,7 @@ class RunPolicy(PlacePolicy):
         return log_pi - log_one_minus(log_pi)  # the logit of pi
 
 
-def canvas_places(canvas, L):
+def canvas_positions(canvas, L):
     """Where the canvas of each row lies: (position int64 [B, L], used bool [B, L])."""
     position = canvas.int().argsort(dim=1, descending=True, stable=True)[:, :L]
     return position, torch.arange(L, device=canvas.device) < canvas.sum(1, keepdim=True)
@@ -643,7 +642,7 @@ def run_log_prob(denoiser, tokens, canvas):
     before i.
     """
     L = int(canvas.sum(1).max())
-    position, _ = canvas_places(canvas, L)
+    position, _ = canvas_positions(canvas, L)
     before, values = canvas.cumsum(1) - 1, []
     for i in range(L):
         log_p, _ = token_log_prob(denoiser, tokens, canvas & (before >= i))
@@ -667,7 +666,7 @@ def cut_loss(posterior, tokens, canvas, values, budget, optimism=0.0, price=0.3)
     if optimism < 0:
         raise ValueError(f"optimism is {optimism}: it must not be below 0")
     L, values = values.shape[1], values - price
-    position, used = canvas_places(canvas, L)
+    position, used = canvas_positions(canvas, L)
     scores = posterior.scores(tokens, canvas).gather(1, position).masked_fill(~used, -30.0)
     # log P(a run from i ends before j): no cut at i + 1 .. j - 1, then one at j, or the end
     keep, cut = F.pad(F.logsigmoid(-scores).cumsum(1), (1, 0)), F.pad(F.logsigmoid(scores), (0, 1))

@@ -1916,6 +1916,23 @@ def test_a_checkpoint_from_before_stage_2_has_no_order(trained):
     assert after.policy is not None and after.posterior is not None
 
 
+def test_ctrl_c_after_a_step_that_was_not_to_be_saved(trained, tmp_path, monkeypatch):
+    """The step's loss is waited for between the decision to save and the end of the step."""
+    dumps, rows = json.dumps, []
+
+    def interrupted(row):
+        rows.append(row)
+        if len(rows) == 1:
+            signal.raise_signal(signal.SIGINT)
+        return dumps(row)
+
+    more = ["--steps", 30, "--out", tmp_path]
+    with monkeypatch.context() as patch:
+        patch.setattr(train.json, "dumps", interrupted)
+        assert call(train, *flags(trained), *more) == 130
+    assert (rows[0]["step"], state_of(tmp_path / "checkpoint.pt")["step"]) == (20, 21)
+
+
 @pytest.mark.parametrize("stage", ["baseline", "order", "done"])
 def test_ctrl_c_while_a_stage_is_saved(trained, tmp_path, monkeypatch, capsys, stage):
     save = train.Run.save
@@ -2569,6 +2586,7 @@ BAD = [
     pytest.param(eval_gsm8k, "--checkpoint {good} --data deep.json", "deep"),
     (eval_gsm8k, "--checkpoint {good} --data digits.jsonl", "digits.jsonl line 1 is not JSON"),
     (eval_gsm8k, f"{SCORE} --device meta", "--device meta is not there: choose"),
+    (eval_gsm8k, f"{SCORE} --device hpu", "--device hpu is not there: choose"),
     (train, "--max-len 1000000000000 --out new", "too little memory: lower --batch or --max-len"),
     *(
         pytest.param(*case, "seed")
@@ -2858,8 +2876,9 @@ def test_a_file_that_must_not_be_written(tmp_path, monkeypatch):
     (tmp_path / "rows.json").write_text("[]")
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) == tmp_path)
     assert command_line.writable(str(tmp_path / "new.json")) == str(tmp_path / "new.json")
-    with pytest.raises(command_line.UserError, match="cannot write"):
-        command_line.writable(str(tmp_path / "rows.json"))
+    for name in ("rows.json", "rows.json/new.json"):
+        with pytest.raises(command_line.UserError, match="cannot write"):
+            command_line.writable(str(tmp_path / name))
 
 
 def test_ctrl_c_as_a_process(trained, tmp_path):

@@ -6,8 +6,9 @@
     python train.py --start out/plain.pt --budget 10 --out out10      # stage 2, another budget
 
 Everything is in one file, out/checkpoint.pt; out/plain.pt is that file as it was before stage 2,
-and out/log.jsonl tells what happened on the way. The method is in mdmvi.py, data and scoring are
-in eval_gsm8k.py; here are the flags, the loop and the checkpoints.
+and out/log.jsonl tells what happened on the way. The method is in mdmvi.py, scoring in
+eval_gsm8k.py, data in examples/arithmetic.py and gsm8k.py; here are the flags, the loop and the
+checkpoints.
 """
 
 import contextlib
@@ -354,8 +355,9 @@ def train_stage(run, data, stop, log):
             if saving:
                 run.save(path, optimizers)
                 saved = time.perf_counter()
-            if stop:
-                raise KeyboardInterrupt(f"stopped at {stage} step {run.step}; go on with --resume")
+                if stop:
+                    where = f"stopped at {stage} step {run.step}"
+                    raise KeyboardInterrupt(f"{where}; go on with --resume")
 
 
 def search_timetable(run, tokens, canvas):

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its client would log every retry
+
 
 class UserError(Exception):
     """Something the user can put right: printed as one line on stderr, exit code 2."""
@@ -48,7 +50,7 @@ def use_device(name):
     """Raise UserError if there is no such device; on CUDA, let fp32 products use TF32."""
     try:
         kind = torch.empty(0, device=name).device.type
-    except (RuntimeError, AssertionError):
+    except (RuntimeError, AssertionError, ImportError):
         kind = None
     if kind not in ("cpu", "cuda"):
         raise UserError(f"--device {name} is not there: choose cpu, or cuda where there is a GPU")
@@ -60,7 +62,8 @@ def use_device(name):
 def writable(path):
     """argparse type: a file that can be written, found out before the long work."""
     file = Path(path).absolute()
-    if not os.access(file if file.exists() else file.parent, os.W_OK) or file.is_dir():
+    target = file if file.exists() else file.parent
+    if not os.access(target, os.W_OK) or file.is_dir() or not file.parent.is_dir():
         raise UserError(f"cannot write {path}: give a file in a folder that can be written")
     return path
 

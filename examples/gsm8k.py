@@ -1,6 +1,6 @@
 """GSM8K: reading its files, holding problems out of them, and checking answers.
 
-    python -m examples.gsm8k train.jsonl --problems 5      # problems as train.py sees them
+    python -m examples.gsm8k train.jsonl --problems 5      # problems as train.py reads them
     python -m examples.gsm8k openai/gsm8k --answers full
 
 A record has the columns {question, answer}, prose with <<...>> notes that ends in "#### N" (as
@@ -12,7 +12,6 @@ import gzip
 import itertools
 import json
 import lzma
-import os
 import re
 import zlib
 from collections import Counter
@@ -50,7 +49,6 @@ def read_records(path):
 
 def hub_records(name, split):
     """(where, row) for each row of a data set on the hub."""
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # the hub client would log every retry
     try:
         import datasets
 

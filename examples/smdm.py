@@ -104,9 +104,9 @@ class LlamaTokenizer:
         except Exception as error:  # tokenizers raises plain Exception
             reason = str(error)[:80]
             raise UserError(f"this is not a tokenizer.json ({reason}): give the one of TinyLlama")
-        pieces = self.bpe.get_vocab_size()
-        if pieces > self.vocab_size:
-            raise UserError(f"this tokenizer.json has {pieces} pieces: give the one of TinyLlama")
+        size = self.bpe.get_vocab_size()
+        if size > self.vocab_size:
+            raise UserError(f"this tokenizer.json has {size} pieces: give the one of TinyLlama")
 
     def encode(self, text):
         return self.bpe.encode(text, add_special_tokens=False).ids

@@ -2270,7 +2270,8 @@ def test_posterior_and_policy_start_from_the_timetable_found(trained, monkeypatc
     assert torch.equal(run.policy.logit, expected.logit)
 
 
-def test_middle_steps_are_the_first_of_stage_1(trained, tmp_path, monkeypatch):
+@pytest.mark.parametrize("share, steps", [(0, 0), (0.3, 2), (None, 3), (1, 6)])
+def test_middle_rates_are_the_first_of_stage_1(trained, tmp_path, monkeypatch, share, steps):
     real, seen = mdmvi.mdm_loss, []
 
     def record(*args):
@@ -2278,9 +2279,9 @@ def test_middle_steps_are_the_first_of_stage_1(trained, tmp_path, monkeypatch):
         return real(*args)
 
     monkeypatch.setattr(mdmvi, "mdm_loss", record)
-    assert call(train, *flags(trained), "--middle-steps", 2, "--out", tmp_path) == 0
-    assert seen[:2] == [(0.2, 0.7)] * 2 and len(seen) > PLAIN
-    assert set(seen[2:]) == {(0.0, 1.0)}
+    given = [] if share is None else ["--middle", share]
+    assert call(train, *flags(trained), *given, "--out", tmp_path) == 0
+    assert seen == [(0.2, 0.7)] * steps + [(0.0, 1.0)] * (PLAIN - steps + BASELINE)
 
 
 @pytest.mark.parametrize("more", [[], ["--orders", "spread"], ["--estimator", "uniform"]])
@@ -2561,7 +2562,7 @@ BAD = [
     (train, "--batch 6 --order-batch 4 --accumulate 3", "--accumulate 3 must divide"),
     (train, "--tau 0", "--tau must be above 0"),
     (train, "--orders spread --order-lr 0", "trains the denoiser only: --order-lr must be above 0"),
-    (train, "--steps 5 --middle-steps 6", "--middle-steps 6 is above --steps 5"),
+    (train, "--middle 1.1", "--middle 1.1 is above 1, the whole of stage 1"),
     (train, f"{TRAIN} new --init x", "cannot read tokenizer.json: put"),
     (train, "--data few.jsonl --out new", "the data has 9 problems: at least 10"),
     (train, f"{TRAIN} new --max-len 8 --canvas-len 4", "no problem fits: raise"),
@@ -2684,7 +2685,7 @@ def test_a_file_that_cannot_be_written_is_found_out_before_the_work(
     complaint(capsys, "cannot write")
 
 
-MAY_BE_0 = {"seed", "middle_steps", "order_steps", "search", "problems"}  # whole numbers
+MAY_BE_0 = {"seed", "order_steps", "search", "problems"}  # whole numbers
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Training: stage 1 (plain MDM), the equal-compute baseline, stage 2 (orders), and the table.
 
     python train.py                                    # embedded word problems, CPU, minutes
-    python train.py --data openai/gsm8k --max-len 256 --canvas-len 96
+    python train.py --data openai/gsm8k --max-len 256 --canvas-len 96 --middle 0
     python train.py --resume               # go on from out/checkpoint.pt, with the same flags
     python train.py --start out/plain.pt --budget 10 --out out10      # stage 2, another budget
 
@@ -69,7 +69,7 @@ class Args:
     max_len: positive = 59  # tokens in prompt and canvas together (256 for GSM8K)
     canvas_len: positive = 27  # tokens in the canvas (96 for GSM8K)
     steps: positive = 5000  # stage 1: plain steps
-    middle_steps: whole = 0  # stage 1: so many first steps have mask rates from 0.2 to 0.7 only
+    middle: amount = 0.5  # stage 1: share of its steps, the first, with mask rates from 0.2 to 0.7
     batch: positive = 32  # stage 1: sequences a step
     lr: amount = 2e-3  # stage 1: peak learning rate
     order_steps: whole = 500  # stage 2: steps; the baseline sees as many sequences; 0: stage 1 only
@@ -113,8 +113,8 @@ def parse_args(argv=None):
         args.paths = 1
         if args.order_steps and args.order_lr == 0:
             raise UserError("--orders spread trains the denoiser only: --order-lr must be above 0")
-    if args.middle_steps > args.steps:
-        raise UserError(f"--middle-steps {args.middle_steps} is above --steps {args.steps}")
+    if args.middle > 1:
+        raise UserError(f"--middle {args.middle} is above 1, the whole of stage 1")
     use_device(args.device)
     return args
 
@@ -256,7 +256,7 @@ def stage_loss(run, stage, data, n):
     tokens, canvas = pick(data, n, generator)
     if stage != "order":
         denoiser = run.denoiser if stage == "plain" else run.plain
-        middle = stage == "plain" and run.step < args.middle_steps
+        middle = stage == "plain" and run.step < args.middle * args.steps
         rates = MIDDLE if middle else (0.0, 1.0)
         loss = mdmvi.mdm_loss(denoiser, tokens.long(), canvas, generator, rates)
         return loss, torch.zeros_like(loss)

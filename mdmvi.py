@@ -299,7 +299,7 @@ def mdm_loss(denoiser, tokens, canvas, generator=None, rates=(0.0, 1.0)):
 
     t ~ U(low, high] of `rates`, low discrepancy over the batch; each canvas token is masked with
     probability t; the cross-entropy of the masked ones is summed and divided by t and by the canvas
-    length. With other rates than (0, 1) it is no bound (ours).
+    length. Other rates than (0, 1) are ours, and then it is no bound.
     """
     low, high = rates
     t = high - (high - low) * stratified_uniform(len(tokens), tokens.device, generator)
@@ -413,7 +413,7 @@ def uniform_elbo(denoiser, tokens, canvas, budget, samples, generator=None):
 
 # ------------------------------------------------------------------------------------------------
 # 4. Samplers: the learned order, and the fixed rules (Kim et al., arXiv 2502.06768, for top_prob
-#    and top_prob_margin; eos_aware is ours).
+#    and top_prob_margin; threshold_left and eos_aware are ours).
 # ------------------------------------------------------------------------------------------------
 
 CONFIDENCE_RULES = ("top_prob", "top_prob_margin", "entropy", "threshold", "threshold_left")
@@ -692,10 +692,9 @@ def search_optimism(done):
 def draw_step(log_alpha, canvas, budget, tau, paths, generator=None):
     """A step s of 1 .. T-1 to train on, int64 [B], and its probability P(s), fp32 [B].
 
-    Most steps of a large budget find nothing left to reveal. So s is drawn, four times in five,
-    in proportion to how many of some paths have something left at s: `paths` of them for each
-    row, drawn for this only; the fifth time from all steps alike, so that P(s) > 0. budget T
-    above 1.
+    Most steps of a large budget find nothing left to reveal. So s is drawn, four times in five, in
+    proportion to how many of `paths` paths of a row, drawn for this only, have something left at
+    s; the fifth time from all steps alike, so that P(s) > 0. budget T above 1.
     """
     masked = canvas.repeat_interleave(paths, 0)
     log_alpha = log_alpha.repeat_interleave(paths, 0)
@@ -739,9 +738,9 @@ def parameter_groups(
     """Parameter groups of stage 2 for any optimiser, a network each, with its peak learning rate.
 
     "params" are pairs (name, parameter), as torch's optimisers take them. A frozen denoiser (or one
-    that is no nn.Module) has no group. warm_up: the posterior's share of the steps, beside a
-    policy. An order that the policy does not know yet costs KL, and a posterior at its full rate
-    would give up a searched order to save that.
+    that is no nn.Module) has no group. warm_up: in this share of the steps the posterior's rate
+    rises, in the search (without a policy) in 0.01, as all others do. An order that the policy does
+    not know yet costs KL, and a posterior at its full rate would give up a searched order for that.
     """
     groups = []
     for name, network, peak, share in (

@@ -69,14 +69,14 @@ class Args:
     max_len: positive = 59  # tokens in prompt and canvas together (256 for GSM8K)
     canvas_len: positive = 27  # tokens in the canvas (96 for GSM8K)
     steps: positive = 5000  # stage 1: plain steps
-    middle: amount = 0.5  # stage 1: share of its steps, the first, with mask rates from 0.2 to 0.7
+    middle: amount = 0.5  # stage 1: its first share, with mask rates from 0.2 to 0.7 (GSM8K: 0)
     batch: positive = 32  # stage 1: sequences a step
     lr: amount = 2e-3  # stage 1: peak learning rate
-    order_steps: whole = 500  # stage 2: steps; the baseline sees as many sequences; 0: stage 1 only
+    order_steps: whole = 500  # stage 2: steps; the baseline takes as much compute; 0: stage 1 only
     order_batch: positive = 16  # stage 2: problems a step
     paths: positive = 3  # stage 2: paths a problem, K (spread: always 1, as all are alike)
     order_lr: amount = 1e-3  # stage 2, baseline: peak rate of the denoiser; 0 leaves it frozen
-    head_lr: amount = 3e-3  # stage 2: peak rate of policy, search, free posterior (others: a tenth)
+    head_lr: amount = 3e-3  # stage 2: peak rate of policy, search; posterior: a tenth (free: all)
     search: whole = 512  # stage 2: problems to search the first orders on (free, paper: always 0)
     budget: positive = 5  # stage 2: steps of generation, T
     tau: amount = 0.1  # stage 2: temperature of the posterior
@@ -331,7 +331,7 @@ def train_stage(run, data, stop, log):
         tqdm(total=steps, initial=run.step, desc=stage, unit="step", mininterval=1.0) as bar,
     ):
         total, since, began = 0.0, 0, time.perf_counter()
-        saved = time.perf_counter()
+        saved = began
         while run.step < steps:
             total = total + train_step(run, stage, run.step, steps, data, n, optimizers)
             since += 1
@@ -345,10 +345,9 @@ def train_stage(run, data, stop, log):
                         f"loss is {loss} at {stage} step {run.step}: {path} is as last saved; "
                         "train again with a lower learning rate and another --out"
                     )
-                rate = since / (time.perf_counter() - began)
                 bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
                 row = {"stage": stage, "step": run.step, "loss": loss, "kl": kl}
-                row["steps_per_second"] = rate
+                row["steps_per_second"] = since / (time.perf_counter() - began)
                 print(json.dumps(row), file=log, flush=True)
                 run.logged = log.tell()
                 total, since, began = 0.0, 0, time.perf_counter()

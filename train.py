@@ -69,7 +69,7 @@ class Args:
     max_len: positive = 59  # tokens in prompt and canvas together (256 for GSM8K)
     canvas_len: positive = 27  # tokens in the canvas (96 for GSM8K)
     steps: positive = 5000  # stage 1: plain steps
-    middle: amount = 0.5  # stage 1: its first share, with mask rates from 0.2 to 0.7 (GSM8K: 0)
+    middle: amount = 0.5  # stage 1: share at its start with mask rates from 0.2 to 0.7 (GSM8K: 0)
     batch: positive = 32  # stage 1: sequences a step
     lr: amount = 2e-3  # stage 1: peak learning rate
     order_steps: whole = 500  # stage 2: steps; the baseline takes as much compute; 0: stage 1 only

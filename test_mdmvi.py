@@ -2214,8 +2214,7 @@ LOSS_NAMES = ("mdm_loss", "cut_loss", "importance_order_loss", "order_loss")
         ("", [6] * 11, [32] * 3, [2] * 5, []),
         ("--search 0", [6] * 5, [], [2] * 5, []),
         ("--budget 1", [6] * 5, [], [2] * 5, []),
-        ("--estimator uniform", [4] * 13, [32] * 3, [], [2] * 5),
-        ("--estimator uniform --orders paper", [4] * 5, [], [], [2] * 5),
+        ("--orders paper", [4] * 5, [], [], [2] * 5),
         ("--orders free", [6] * 5, [], [2] * 5, []),
         ("--orders spread", [4] * 9, [], [2] * 5, []),
         ("--orders spread --search 0", [4] * 5, [], [2] * 5, []),
@@ -2284,7 +2283,7 @@ def test_middle_rates_are_the_first_of_stage_1(trained, tmp_path, monkeypatch, s
     assert seen == [(0.2, 0.7)] * steps + [(0.0, 1.0)] * (PLAIN - steps + BASELINE)
 
 
-@pytest.mark.parametrize("more", [[], ["--orders", "spread"], ["--estimator", "uniform"]])
+@pytest.mark.parametrize("more", [[], ["--orders", "spread"], ["--orders", "paper"]])
 def test_a_compiled_run_is_the_eager_one(tmp_path, trained, monkeypatch, more):
     real, calls = torch.compile, []
 
@@ -2301,7 +2300,7 @@ def test_a_compiled_run_is_the_eager_one(tmp_path, trained, monkeypatch, more):
         assert call(train, *flags(trained), *short, *more, flag, "--out", tmp_path / flag) == 0
         logs.append([json.loads(x) for x in (tmp_path / flag / "log.jsonl").open()])
     torch._dynamo.reset()
-    assert calls.count("step_bound") >= (2 if "uniform" in more else 4)
+    assert calls.count("step_bound") >= (2 if "paper" in more else 4)
     assert calls.count("scores") >= 2 or "spread" in more  # its order is a table
     steps = {row["stage"]: row["step"] for row in logs[1]}
     assert calls.count("token_log_prob") >= steps["plain"] + steps["baseline"]
@@ -2553,7 +2552,6 @@ BAD = [
     (sample, "hello --checkpoint {good} --device cuda:77", "--device cuda:77 is not there: choose"),
     (train, "--size huge", "--size: invalid choice: 'huge' .choose from"),
     (train, "--orders none", "--orders: invalid choice"),
-    (train, "--estimator none", "--estimator: invalid choice"),
     (train, "--answers none", "--answers: invalid choice"),
     (train, "--device cuda:77", "--device cuda:77 is not there: choose"),
     (train, "--bud 3", "unrecognized arguments"),

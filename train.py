@@ -38,6 +38,7 @@ from examples.muon import make_optimizers
 #           layers, heads, width, hidden
 SIZES = {
     "tiny": (2, 2, 64, 128),
+    "mini": (3, 3, 96, 256),
     "small": (4, 4, 96, 256),
     "6m": (8, 8, 256, 680),
     "30m": (8, 8, 512, 1536),
@@ -64,9 +65,9 @@ class Args:
     resume: bool = False  # go on from OUT/checkpoint.pt
     start: str = None  # plain.pt of another run: stage 1 and baseline, as that run's flags had it
     seed: whole = 0  # seed of the weights and of every draw
-    size: Literal[tuple(SIZES)] = "small"  # shape of the model
+    size: Literal[tuple(SIZES)] = "mini"  # shape of the model
     init: str = None  # start from smdm-170m, or a folder with SMDM .safetensors and tokenizer.json
-    max_len: positive = 59  # tokens in prompt and canvas together (256 for GSM8K)
+    max_len: positive = 52  # tokens in prompt and canvas together (256 for GSM8K)
     canvas_len: positive = 27  # tokens in the canvas (96 for GSM8K)
     steps: positive = 5000  # stage 1: plain steps
     middle: amount = 0.5  # stage 1: share at its start with mask rates from 0.2 to 0.7 (GSM8K: 0)
@@ -80,8 +81,7 @@ class Args:
     search: whole = 512  # stage 2: problems to search the first orders on (free, paper: always 0)
     budget: positive = 5  # stage 2: steps of generation, T
     tau: amount = 0.1  # stage 2: temperature of the posterior
-    orders: Literal["runs", "spread", "free", "paper"] = "runs"  # stage 2: kind; paper: the paper's
-    estimator: Literal["importance", "uniform"] = "importance"  # stage 2: uniform is the paper's
+    orders: Literal["runs", "spread", "free", "paper"] = "runs"  # kind; paper: nets, loss of paper
     optimizer: Literal["muon", "adamw"] = "muon"  # muon leaves what is no block matrix to AdamW
     accumulate: positive = 1  # split each step into so many micro-batches
     problems: whole = 500  # held-out problems in the closing table (of a file up to 256); 0: none
@@ -227,7 +227,7 @@ def stage_groups(run, stage):
         return mdmvi.parameter_groups(run.denoiser, None, None, args.lr), args.steps, args.batch
     if stage == "baseline":
         # As many passes as stage 2 takes. Those of its search have no gradient: three count as one
-        n = args.order_batch * (args.paths + (args.estimator == "importance"))
+        n = args.order_batch * (args.paths + (args.orders != "paper"))
         passes = args.canvas_len if args.orders == "runs" else TIMETABLE_PASSES
         searched = math.ceil(args.search * passes / 3 / n) if args.budget > 1 else 0
         groups = mdmvi.parameter_groups(run.plain, None, None, args.order_lr)
@@ -261,10 +261,9 @@ def stage_loss(run, stage, data, n):
         loss = mdmvi.mdm_loss(denoiser, tokens.long(), canvas, generator, rates)
         return loss, torch.zeros_like(loss)
     networks = (run.denoiser, run.policy, run.posterior)
-    estimator = {"importance": mdmvi.importance_order_loss, "uniform": mdmvi.order_loss}
-    return estimator[args.estimator](
-        *networks, tokens.long(), canvas, args.budget, args.tau, args.paths, generator
-    )
+    order_loss = mdmvi.order_loss if args.orders == "paper" else mdmvi.importance_order_loss
+    settings = (args.budget, args.tau, args.paths, generator)
+    return order_loss(*networks, tokens.long(), canvas, *settings)
 
 
 def train_step(run, stage, step, steps, data, n, optimizers):

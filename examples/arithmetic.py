@@ -3,8 +3,8 @@
     python -m examples.arithmetic --problems 5                  # shopping, train.py's default
     python -m examples.arithmetic --problems 5 --task carries   # how to train on it: README.md
 
-"shopping": "Ben has 52 euros. In the shop are hats for 3, 1, 6 and 2. He buys two. Which, and what
-is left?" has twelve right solutions, one for each choice and its order, among them
+"shopping": "Ben has 52 euros. Hats cost 3, 1, 6 or 2. He buys two. What is left?" has twelve right
+solutions, one for each choice and its order, among them
 
     52-6=46-1=45 #### 6 1 45
 
@@ -82,10 +82,10 @@ def euros_and_prices(rng):
 def tell_shopping(rng, numbers):
     start, *prices = numbers
     name, things, k = rng.choice(list(PEOPLE)), rng.choice(THINGS), rng.randint(1, 3)
-    told = f"{', '.join(map(str, prices[:-1]))} and {prices[-1]}"
+    told = f"{', '.join(map(str, prices[:-1]))} or {prices[-1]}"
     question = (
-        f"{name} has {start} euros. In the shop are {things} for {told}. {PEOPLE[name].title()} "
-        f"buys {COUNTS[k]}. Which, and what is left?"
+        f"{name} has {start} euros. {things.title()} cost {told}. {PEOPLE[name].title()} buys "
+        f"{COUNTS[k]}. What is left?"
     )
 
     def receipt(bought):

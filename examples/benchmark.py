@@ -38,7 +38,7 @@ PEAKS = {
     "RTX 4090": 165e12,
     "RTX 3090": 71e12,
 }
-DEFAULT = {"size": "small", "batch": 64, "max_len": 59, "canvas_len": 27, "vocab": 321}
+DEFAULT = {"size": "mini", "batch": 64, "max_len": 52, "canvas_len": 27, "vocab": 314}
 PAPER = {"size": "170m", "batch": 256, "max_len": 256, "canvas_len": 96, "vocab": 32_000}
 STAGES = ("plain", "order")
 PATHS = 3  # paths a problem: four passes, as a step of stage 2 takes them
@@ -50,11 +50,11 @@ def parse_args(argv=None):
     add = parser.add_argument
     gpu = torch.cuda.is_available()
     add("--paper", action="store_true", help="170m, 256 tokens, canvas 96, batch 256, AdamW")
-    add("--size", choices=tuple(train.SIZES), help="shape of the model (small)")
+    add("--size", choices=tuple(train.SIZES), help="shape of the model (mini)")
     add("--batch", type=positive, help="sequences in a step of either stage (64)")
-    add("--max-len", type=positive, help="tokens in a sequence (59)")
+    add("--max-len", type=positive, help="tokens in a sequence (52)")
     add("--canvas-len", type=positive, help="tokens of it in the canvas (27)")
-    add("--vocab", type=positive, help="tokens in the vocabulary (321)")
+    add("--vocab", type=positive, help="tokens in the vocabulary (314)")
     add("--budget", type=positive, default=5, help="steps of generation")
     add("--accumulate", type=positive, help="micro-batches of a step (1; --paper: 8)")
     add("--device", default="cuda" if gpu else "cpu", help="cpu, cuda, cuda:1, ...")

@@ -81,7 +81,7 @@ class Args:
     search: whole = 512  # stage 2: problems to search the first orders on (free, paper: always 0)
     budget: positive = 5  # stage 2: steps of generation, T
     tau: amount = 0.1  # stage 2: temperature of the posterior
-    orders: Literal["runs", "spread", "free", "paper"] = "runs"  # kind; paper: nets, loss of paper
+    orders: Literal["runs", "spread", "free", "paper"] = "runs"  # stage 2 (paper: its loss as well)
     optimizer: Literal["muon", "adamw"] = "muon"  # muon leaves what is no block matrix to AdamW
     accumulate: positive = 1  # split each step into so many micro-batches
     problems: whole = 500  # held-out problems in the closing table (of a file up to 256); 0: none

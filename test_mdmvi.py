@@ -1966,7 +1966,7 @@ def test_resuming_a_run_that_is_done_changes_nothing(trained, tmp_path, capsys):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     log = (tmp_path / "log.jsonl").read_text()
     assert call(train, *flags(trained), "--out", tmp_path, "--resume") == 0
-    assert "ELBO at T=5" in capsys.readouterr().out
+    assert "bounds on log p at T = 5" in capsys.readouterr().out
     assert alike(tmp_path / "checkpoint.pt", trained / "out" / "checkpoint.pt")
     assert (tmp_path / "log.jsonl").read_text() == log
 
@@ -2360,12 +2360,11 @@ def test_accumulating_is_the_mean_of_the_parts(trained, monkeypatch):
     assert total.tolist() == pytest.approx([5 * len(weight), 0.3])
 
 
-def test_no_bounds_where_no_held_out_problem_fits(trained, capsys):
-    run = train.Run(train.parse_args([*map(str, flags(trained))]), small_tokenizer())
-    train.print_bounds(run, [{"question": "too long" * 99, "answer": "#### 1"}])
-    assert capsys.readouterr().out == ""
-    train.print_bounds(run, [{"question": "Ann has 2", "answer": "<<2+3=5>> #### 5"}])
-    assert "uniform random order, same model" in capsys.readouterr().out
+def test_no_bounds_where_no_held_out_problem_fits(trained, tmp_path, monkeypatch, capsys):
+    real, long = train.load_problems, {"question": "too long" * 99, "answer": "#### 1"}
+    monkeypatch.setattr(train, "load_problems", lambda args: (real(args)[0], [long]))
+    assert call(train, *flags(trained), "--out", tmp_path) == 0
+    assert "bounds on log p" not in capsys.readouterr().out
 
 
 @pytest.fixture
@@ -2383,9 +2382,9 @@ def test_the_embedded_task_end_to_end(tmp_path, few_problems, capsys):
     short = [*SHORT, "--size", "tiny", "--problems", 12, "--budget", 3]
     assert call(train, *short, "--optimizer", "adamw", "--out", tmp_path) == 0
     printed, rows = capsys.readouterr().out, json.loads((tmp_path / "results.json").read_text())
-    assert "ELBO at T=3, nats per canvas token, 20 held-out problems" in printed
-    for name in ("learned order", *(f"uniform random order, {m} model" for m in ("same", "plain"))):
-        assert re.search(rf"^  {name} +-\d+\.\d+$", printed, re.MULTILINE)
+    assert "bounds on log p at T = 3, 20 problems" in printed
+    for row in ("learned +order", "uniform +order", "uniform +plain"):
+        assert re.search(rf"^{row} +-\d+\.\d+ \[", printed, re.MULTILINE)
     assert len(rows) == 1 + 2 * 13 and all(row["problems"] == 12 for row in rows)
     checkpoint = ["--checkpoint", tmp_path / "checkpoint.pt", "--problems", 12, *ON_CPU]
     assert call(eval_gsm8k, *checkpoint, "--json", tmp_path / "again.json") == 0

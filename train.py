@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 import eval_gsm8k
 import mdmvi
-from examples import gsm8k, smdm, spread
+from examples import bounds, gsm8k, smdm, spread
 from examples.command_line import Parser, UserError, amount, positive, run_main, use_device, whole
 from examples.muon import make_optimizers
 
@@ -209,6 +209,12 @@ def make_tokenizer(args, problems):
     sample = problems[:: max(1, len(problems) // 20_000)]
     texts = (p["question"] + eval_gsm8k.SEPARATOR + p["answer"] for p in sample)
     return eval_gsm8k.Tokenizer.build(texts)
+
+
+def encode_on_device(run, problems):
+    """(tokens, canvas) of the problems that fit."""
+    tokens, canvas, fits = eval_gsm8k.encode_problems(problems, run.tokenizer, run.config)
+    return tokens[fits].to(run.device), canvas[fits].to(run.device)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -421,27 +427,6 @@ def train(run, data):
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def print_bounds(run, problems):
-    """The bounds of learned and of uniformly random orders on held-out problems."""
-    args = run.args
-    tokens, canvas, fits = eval_gsm8k.encode_problems(problems, run.tokenizer, run.config)
-    tokens, canvas = (x[fits][:HELD_OUT].to(run.device) for x in (tokens.long(), canvas))
-    if len(tokens) == 0:
-        return
-    generator = torch.Generator(run.device).manual_seed(args.seed)
-    data, bounds = (tokens, canvas, args.budget), {}
-    if run.policy is not None:
-        networks = (run.denoiser, run.policy, run.posterior)
-        bounds["learned order"] = mdmvi.order_elbo(*networks, *data, args.tau, 4, generator)
-    for name, denoiser in (("same", run.denoiser), ("plain", run.plain)):
-        if denoiser is not None:
-            nats = mdmvi.uniform_elbo(denoiser, *data, 4, generator)
-            bounds[f"uniform random order, {name} model"] = nats
-    print(f"\nELBO at T={args.budget}, nats per canvas token, {len(tokens)} held-out problems:")
-    for name, nats in bounds.items():
-        print(f"  {name:35}{float(nats.sum() / canvas.sum()):.4f}")
-
-
 def main(argv=None):
     args = parse_args(argv)
     out = Path(args.out)
@@ -452,13 +437,12 @@ def main(argv=None):
     run = Run(args, make_tokenizer(args, problems))
     if args.init:
         smdm.load_smdm(args.init, run.denoiser)
-    tokens, canvas, fits = eval_gsm8k.encode_problems(problems, run.tokenizer, run.config)
-    if not any(fits):
+    data = encode_on_device(run, problems)
+    if len(data[0]) == 0:
         raise UserError("no problem fits: raise --max-len or --canvas-len")
-    data = (tokens[fits].to(run.device), canvas[fits].to(run.device))
     count = sum(p.numel() for p in run.denoiser.parameters())
     size = f"vocabulary {run.tokenizer.vocab_size}, {count / 1e6:.2f}M parameters"
-    fit = f"{len(data[0]):,} problems ({fits.count(False):,} do not fit)"
+    fit = f"{len(data[0]):,} problems ({len(problems) - len(data[0]):,} do not fit)"
     print(f"{fit}, {size}, seed {args.seed}, {run.device}", flush=True)
     if args.resume:
         run.load(out / "checkpoint.pt", [name for name in asdict(args) if name not in FREE])
@@ -472,9 +456,11 @@ def main(argv=None):
             run.stage, run.plain = "baseline", copy.deepcopy(run.denoiser)
         run.save(out / "checkpoint.pt")
     train(run, data)
-    print_bounds(run, held_out)
+    models = eval_gsm8k.Models(run.denoiser, run.policy, run.posterior, run.plain)
+    solved = encode_on_device(run, held_out[:HELD_OUT])
+    if len(solved[0]) > 0:
+        bounds.print_bounds(models, asdict(args), *solved, args.budget, seed=args.seed)
     if args.problems:
-        models = eval_gsm8k.Models(run.denoiser, run.policy, run.posterior, run.plain)
         scored = (held_out[: args.problems], run.tokenizer, models, [args.budget])
         eval_gsm8k.print_scores(*scored, json_file=out / "results.json")
 

@@ -13,6 +13,8 @@ costs no KL. An order of runs from the left has no more with this denoiser. Inte
 bootstrap over problems; the last column is of the differences on the same problems.
 """
 
+import sys
+
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -80,6 +82,49 @@ def measure(bound, tokens, canvas, batch, name):
     return torch.cat(nats).cpu() / canvas.sum(1).cpu()
 
 
+def print_bounds(models, trained, tokens, canvas, budget, rows=(), samples=4, batch=64, seed=0):
+    """Print bounds on given solutions, tokens int [M, N] and canvas bool [M, N], at `budget` steps.
+
+    models: an `eval_gsm8k.Models`; trained: the flags it was trained with, a dict; rows: of ROWS,
+    beside learned and uniform orders; samples: paths drawn for each solution.
+    """
+    plain, device = models.plain or models.denoiser, tokens.device
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def learned(x, on):
+        networks = (models.denoiser, models.policy, models.posterior)
+        return mdmvi.order_elbo(*networks, x, on, budget, trained["tau"], samples, generator)
+
+    def uniform(denoiser):
+        return lambda x, on: mdmvi.uniform_elbo(denoiser, x, on, budget, samples, generator)
+
+    timetables = {"spread": equal_parts(int(canvas.sum(1).max()), budget).to(device)}
+    if rows and models.policy and (trained["orders"], trained["budget"]) == ("spread", budget):
+        timetables["searched"] = models.posterior.timetable
+        rows = [*rows, "searched"]
+
+    def along(rule):
+        if rule == "best runs":
+            return lambda x, on: best_runs(plain, x, on, budget)
+        if rule in timetables:
+            return lambda x, on: timetable_bound(plain, x, on, timetables[rule])
+        return lambda x, on: rule_bound(plain, x, on, rule, budget)
+
+    bounds = {}
+    if models.policy is not None:
+        bounds = {("learned", "order"): learned, ("uniform", "order"): uniform(models.denoiser)}
+    bounds["uniform", "plain"] = uniform(plain)
+    bounds |= {(rule, "plain"): along(rule) for rule in rows}
+    last = "learned is ahead by" if models.policy else ""
+    lines, ours = [("order", "model", "nats a token", last)], None
+    for (order, model), bound in bounds.items():
+        nats = measure(bound, tokens.long(), canvas, batch, order)
+        ours = nats if order == "learned" else ours
+        ahead = "" if ours is None or ours is nats else interval(ours - nats)
+        lines.append((order, model, interval(nats), ahead))
+    print(f"\nbounds on log p at T = {budget}, {len(tokens)} problems\n\n{aligned(lines)}")
+
+
 def main(argv=None):
     parser = Parser(__doc__)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -101,46 +146,12 @@ def main(argv=None):
     tokens, canvas, fits = eval_gsm8k.encode_problems(problems, tokenizer, models.denoiser.config)
     if not any(fits):
         raise UserError("no problem fits this model's context: give others, or train a longer one")
-    tokens, canvas = tokens[fits].long().to(args.device), canvas[fits].to(args.device)
-    trained = checkpoint["args"]
-    budget, tau = args.budget or trained["budget"], trained["tau"]
-    generator = torch.Generator(args.device).manual_seed(args.seed)
-    plain = models.plain or models.denoiser
-
-    def learned(x, on):
-        networks = (models.denoiser, models.policy, models.posterior)
-        return mdmvi.order_elbo(*networks, x, on, budget, tau, args.samples, generator)
-
-    def uniform(denoiser):
-        return lambda x, on: mdmvi.uniform_elbo(denoiser, x, on, budget, args.samples, generator)
-
-    timetables = {"spread": equal_parts(int(canvas.sum(1).max()), budget).to(args.device)}
-    rows = list(args.strategies)
-    if models.policy and trained["orders"] == "spread" and budget == trained["budget"]:
-        timetables["searched"] = models.posterior.timetable
-        rows.append("searched")
-
-    def along(rule):
-        if rule == "best runs":
-            return lambda x, on: best_runs(plain, x, on, budget)
-        if rule in timetables:
-            return lambda x, on: timetable_bound(plain, x, on, timetables[rule])
-        return lambda x, on: rule_bound(plain, x, on, rule, budget)
-
-    bounds = {}
-    if models.policy is not None:
-        bounds = {("learned", "order"): learned, ("uniform", "order"): uniform(models.denoiser)}
-    bounds["uniform", "plain"] = uniform(plain)
-    bounds |= {(rule, "plain"): along(rule) for rule in rows}
-    last = "learned is ahead by" if models.policy else ""
-    lines, ours = [("order", "model", "nats a token", last)], None
-    for (order, model), bound in bounds.items():
-        nats = measure(bound, tokens, canvas, args.batch, order)
-        ours = nats if order == "learned" else ours
-        ahead = "" if ours is None or ours is nats else interval(ours - nats)
-        lines.append((order, model, interval(nats), ahead))
-    print(f"\n{len(tokens)} of {len(fits)} problems fit; T = {budget}, bounds on log p\n")
-    print(aligned(lines))
+    if not all(fits):
+        print(f"{fits.count(False)} problems do not fit and are left out", file=sys.stderr)
+    data = (tokens[fits].to(args.device), canvas[fits].to(args.device))
+    settings = (args.strategies, args.samples, args.batch, args.seed)
+    budget = args.budget or checkpoint["args"]["budget"]
+    print_bounds(models, checkpoint["args"], *data, budget, *settings)
 
 
 if __name__ == "__main__":

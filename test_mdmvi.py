@@ -2289,7 +2289,7 @@ def test_a_compiled_run_is_the_eager_one(tmp_path, trained, monkeypatch, more):
 
     def compiled(function, dynamic):
         assert dynamic is False  # one graph a shape
-        fast = real(function, backend="aot_eager", dynamic=dynamic)
+        fast = real(function, backend="eager", dynamic=dynamic)
         return lambda *args: calls.append(function.__name__) or fast(*args)
 
     monkeypatch.setattr(torch, "compile", compiled)

@@ -1,6 +1,7 @@
 """Orders for text where each token is needed to tell the next: a step reveals places far apart.
 
-    python train.py --orders spread --data openai/gsm8k --max-len 256 --canvas-len 96 --middle 0
+    python train.py --orders spread --size small --data openai/gsm8k --max-len 256 \\
+        --canvas-len 96 --middle 0
 
 The order is a timetable, the same for all texts. The places of the canvas are taken in the order
 0, 1/2, 1/4, 3/4, 1/8, ... of its length and cut into T equal parts, one for each step. A search

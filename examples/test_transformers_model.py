@@ -123,7 +123,7 @@ def trained():
     model, generator = make_model("Bert"), torch.Generator().manual_seed(0)
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(400):
+    for _ in range(250):
         tokens = twins(64, generator)
         masked = torch.rand(64, 4, generator=generator) < 0.6
         masked[:, :2] = False
@@ -147,7 +147,7 @@ def test_training_finds_the_order_and_leaves_the_model_alone(trained):
 
     start = bound()
     uniform = float(mdmvi.uniform_elbo(trained, tokens, canvas, 2, 8, generator).mean() / 2)
-    transformers_model.learn_order(networks, tokens, canvas, 2, 300, generator)
+    transformers_model.learn_order(networks, tokens, canvas, 2, 150, generator)
     end, best = bound(), -math.log(10) / 2
     assert uniform == pytest.approx(1.5 * best, abs=0.05)  # one time in two in one step
     assert start < uniform and best - 0.2 < end < best + 0.02
@@ -290,7 +290,8 @@ def short_run(model, data, *more):
 
 
 @pytest.mark.parametrize("kind", ["Bert", "Llama"])
-def test_program_from_end_to_end(kind, tmp_path, data, capsys):
+def test_program_from_end_to_end(kind, tmp_path, data, capsys, monkeypatch):
+    monkeypatch.setattr(transformers_model, "SEARCH_STEPS", 10)
     special = {"sep_token": "[EOS]", "mask_token": "[MASK]"} if kind == "Bert" else {}
     special = special or {"eos_token": "[EOS]"}
     more = [] if kind == "Bert" else ["--mask-id", str(MASK)]

@@ -262,7 +262,7 @@ def stage_loss(run, stage, data, n):
     tokens, canvas = pick(data, n, generator)
     if stage != "order":
         denoiser = run.denoiser if stage == "plain" else run.plain
-        middle = stage == "plain" and run.step < args.middle * args.steps
+        middle = stage == "plain" and run.step < round(args.middle * args.steps)
         rates = MIDDLE if middle else (0.0, 1.0)
         loss = mdmvi.mdm_loss(denoiser, tokens.long(), canvas, generator, rates)
         return loss, torch.zeros_like(loss)

@@ -72,6 +72,22 @@ def points(rows, name, key):
     return sorted(best.items())
 
 
+def close_dots(rows, key):
+    """The learned orders' (budgets, dots), those together that would hide each other's label."""
+    groups = []
+    learned = [row for row in rows if row["method"] == "learned"]
+    for row in sorted(learned, key=lambda row: row["budget"]):
+        steps, percent = row["average_steps"], 100 * row[key]
+        for budgets, dots in groups:
+            if abs(steps / dots[0][0] - 1) < 0.12 and abs(percent - dots[0][1]) < 5:
+                budgets.append(row["budget"])
+                dots.append((steps, percent))
+                break
+        else:
+            groups.append(([row["budget"]], [(steps, percent)]))
+    return groups
+
+
 def draw(rows, path):
     """Right answers, or whole solutions, against steps: learned orders are dots, rules lines.
 
@@ -79,12 +95,10 @@ def draw(rows, path):
     """
     plt, key = pyplot(), measure(rows)
     figure, axes = plt.subplots(figsize=(7.5, 4.5))
-    learned = sorted((row for row in rows if row["method"] == "learned"), key=lambda row: row[key])
-    for i, row in enumerate(learned):
-        at = row["average_steps"], 100 * row[key]
-        axes.plot(*at, "ko", markersize=8, zorder=3, label=None if i else "learned")
-        beside = {"xytext": (7 - 14 * (i % 2), -3), "ha": "right" if i % 2 else "left"}
-        axes.annotate(f"T={row['budget']}", at, textcoords="offset points", fontsize=7, **beside)
+    for i, (budgets, dots) in enumerate(close_dots(rows, key)):
+        axes.plot(*zip(*dots), "ko", markersize=8, zorder=3, label=None if i else "learned")
+        beside = {"textcoords": "offset points", "xytext": (-7, -3), "ha": "right", "fontsize": 7}
+        axes.annotate(f"T={', '.join(map(str, budgets))}", dots[0], **beside)
     fixed = [row for row in rows if row["method"] != "learned"]
     fixed = [row for row in fixed if row["match"] == "sweep"] or fixed
     for i, name in enumerate(dict.fromkeys(row["method"] for row in fixed)):

@@ -93,6 +93,17 @@ def test_lines_are_of_the_sweep(files, monkeypatch):
     assert drawn == [ROWS[2:3]]
 
 
+def test_dots_that_would_hide_a_label_share_one():
+    shares = ((9, 4.1, 0.97), (5, 4.0, 0.95), (3, 3.0, 0.94), (20, 4.0, 0.8), (2, 2.0, 0.5))
+    names = ("budget", "average_steps", "answered")
+    rows = [{"method": "learned", **dict(zip(names, values))} for values in shares]
+    rows.append({"method": "iid", "budget": 5, "average_steps": 4.0, "answered": 0.95})
+    groups = plot.close_dots(rows, "answered")
+    assert [budgets for budgets, _ in groups] == [[2], [3], [5, 9], [20]]
+    assert [dots[0] for _, dots in groups] == [(2, 50), (3, 94), (4, 95), (4, 80)]
+    assert groups[2][1][1] == (4.1, 97)
+
+
 def test_points_are_of_the_best_model():
     shares = ((4.0, 0.2), (3.96, 0.3), (2.0, 0.0))
     rows = [{"method": "iid", "average_steps": s, "answered": share} for s, share in shares]

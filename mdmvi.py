@@ -246,7 +246,7 @@ def reveal_log_prob(log_alpha, masked, tau):
 def log_one_minus(log_p):
     """log(1 - exp(log_p)) for log_p <= 0; log 1e-6 with gradient 0 where p is (nearly) 1.
 
-    Where it is used for rho = 1, its factor 1 - rho is 0, so the clamp changes nothing.
+    For rho = 1 its factor 1 - rho is 0, so the clamp changes nothing; for pi it caps the logit.
     """
     return torch.log(-torch.expm1(log_p.clamp(max=-1e-6)))
 
@@ -339,7 +339,8 @@ def path_bound(
 
     s int64 [B]; weight float [B]; log_alpha float [B, N]. The gradient of `value` goes through
     log p, pi and rho, plus the score-function term (weight f_s - b) grad log q(r_0 .. r_{s-1}),
-    where b is the leave-one-out mean over the K paths. That term has the value 0.
+    where b is the leave-one-out mean over the K paths. That term has the value 0. `kl` is the part
+    of it in `value`, detached.
     """
     B, K = len(tokens), paths
     tokens, canvas, log_alpha, s = (
@@ -684,7 +685,7 @@ def cut_loss(posterior, tokens, canvas, values, budget, optimism=0.0, price=0.3)
 
 
 def search_optimism(done):
-    """`optimism` of `cut_loss` when this share of the search is done: 10, and 0 from 3/4 on."""
+    """`optimism` of `cut_loss` when a share of the search is done: from 10 straight to 0 at 3/4."""
     return 10 * max(0.0, 1 - done / 0.75)
 
 
@@ -738,9 +739,10 @@ def parameter_groups(
     """Parameter groups of stage 2 for any optimiser, a network each, with its peak learning rate.
 
     "params" are pairs (name, parameter), as torch's optimisers take them. A frozen denoiser (or one
-    that is no nn.Module) has no group. warm_up: in this share of the steps the posterior's rate
-    rises, in the search (without a policy) in 0.01, as all others do. An order that the policy does
-    not know yet costs KL, and a posterior at its full rate would give up a searched order for that.
+    that is no nn.Module) has no group. warm_up: the share of the steps in which the posterior's
+    rate rises; the others' rise in 0.01, and so does its own in the search, which has no policy. An
+    order that the policy does not know yet costs KL, for which a posterior at its full rate would
+    give up a searched order.
     """
     groups = []
     for name, network, peak, share in (

@@ -1,12 +1,12 @@
-"""Training: stage 1 (plain MDM), the equal-compute baseline, stage 2 (orders), and the table.
+"""Training: stage 1 (plain MDM), a baseline of as many passes, stage 2 (orders), and the table.
 
     python train.py                                    # embedded word problems, CPU, minutes
     python train.py --data openai/gsm8k --max-len 256 --canvas-len 96 --middle 0
     python train.py --resume               # go on from out/checkpoint.pt, with the same flags
     python train.py --start out/plain.pt --budget 10 --out out10      # stage 2, another budget
 
-Everything is in one file, out/checkpoint.pt; out/plain.pt is that file as it was before stage 2,
-and out/log.jsonl tells what happened on the way. The method is in mdmvi.py, scoring in
+A run is in one file, out/checkpoint.pt; out/plain.pt is that file as it was before stage 2,
+out/log.jsonl tells what happened on the way. The method is in mdmvi.py, tokenizer and scoring in
 eval_gsm8k.py, data in examples/arithmetic.py and gsm8k.py; here are the flags, the loop and the
 checkpoints.
 """
@@ -50,8 +50,8 @@ SEARCH_STEPS, SEARCH_BATCH = 200, 32  # the posterior's training on the runs tha
 TIMETABLE_PASSES = 400  # of the search for a timetable, on each of its problems
 HELD_OUT = 256  # problems kept from training on a file; the closing bounds are taken on so many
 SAVE_EVERY = 300  # seconds: a checkpoint of 170M parameters may take five
-FREE = {"out", "resume", "start", "device", "compile", "problems"}  # may differ when a run goes on
-STAGE_1 = ("answers", "size", "init", "max_len", "canvas_len")  # may not differ from --start's run
+MAY_DIFFER = {"out", "resume", "start", "device", "compile", "problems"}  # when a run goes on
+MUST_MATCH = ("answers", "size", "init", "max_len", "canvas_len")  # the run of --start
 
 
 @dataclass
@@ -77,12 +77,12 @@ class Args:
     order_batch: positive = 16  # stage 2: problems a step
     paths: positive = 3  # stage 2: paths a problem, K (spread: always 1, as all are alike)
     order_lr: amount = 1e-3  # stage 2, baseline: peak rate of the denoiser; 0 leaves it frozen
-    head_lr: amount = 3e-3  # stage 2: peak rate of policy, search; posterior: a tenth (free: all)
+    head_lr: amount = 3e-3  # stage 2: peak rate of policy and search; posterior: a tenth, free: all
     search: whole = 512  # stage 2: problems to search the first orders on (free, paper: always 0)
     budget: positive = 5  # stage 2: steps of generation, T
     tau: amount = 0.1  # stage 2: temperature of the posterior
     orders: Literal["runs", "spread", "free", "paper"] = "runs"  # stage 2 (paper: its loss as well)
-    optimizer: Literal["muon", "adamw"] = "muon"  # muon leaves what is no block matrix to AdamW
+    optimizer: Literal["muon", "adamw"] = "muon"  # muon: for matrices of the trunks, AdamW the rest
     accumulate: positive = 1  # split each step into so many micro-batches
     problems: whole = 500  # held-out problems in the closing table (of a file up to 256); 0: none
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cpu, cuda, cuda:1, ...
@@ -242,8 +242,7 @@ def stage_groups(run, stage):
     if args.orders == "runs":
         run.posterior.trunk.wte.requires_grad_(False)  # as in start_from
     networks = (run.denoiser, run.policy, run.posterior)
-    # Free scores begin as noise, with no searched order to protect, so at a full rate and with a
-    # short warm-up. "paper" has the rates that RESULTS.md was made with.
+    # Free scores begin as noise, with no searched order to protect: a full rate, a short warm-up
     rate, warm_up = (1, 0.05) if args.orders == "free" else (0.1, 0.2)
     rates = (args.order_lr, args.head_lr, rate * args.head_lr)
     groups = mdmvi.parameter_groups(*networks, *rates, warm_up)
@@ -445,9 +444,9 @@ def main(argv=None):
     fit = f"{len(data[0]):,} problems ({len(problems) - len(data[0]):,} do not fit)"
     print(f"{fit}, {size}, seed {args.seed}, {run.device}", flush=True)
     if args.resume:
-        run.load(out / "checkpoint.pt", [name for name in asdict(args) if name not in FREE])
+        run.load(out / "checkpoint.pt", [name for name in asdict(args) if name not in MAY_DIFFER])
     elif args.start:
-        run.load(args.start, STAGE_1)
+        run.load(args.start, MUST_MATCH)
         if (run.stage, run.step) != ("order", 0):
             raise UserError(f"{args.start} is no plain.pt: give the file as it was before stage 2")
         run.generator.manual_seed(args.seed)

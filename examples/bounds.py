@@ -40,8 +40,8 @@ def rule_bound(denoiser, tokens, canvas, strategy, budget):
         else:
             reveal = mdmvi.choose_by_rule(strategy, logits, masked, budget - s)
         log_p = -F.cross_entropy(logits, tokens[masked], reduction="none")
-        spread = masked.to(log_p.dtype).masked_scatter(masked, log_p)
-        total += (spread * reveal).sum(1)
+        placed = masked.to(log_p.dtype).masked_scatter(masked, log_p)
+        total += (placed * reveal).sum(1)
         masked = masked & ~reveal
     return total
 
@@ -99,7 +99,8 @@ def print_bounds(models, trained, tokens, canvas, budget, rows=(), samples=4, ba
         return lambda x, on: mdmvi.uniform_elbo(denoiser, x, on, budget, samples, generator)
 
     timetables = {"spread": equal_parts(int(canvas.sum(1).max()), budget).to(device)}
-    if rows and models.policy and (trained["orders"], trained["budget"]) == ("spread", budget):
+    has_order = models.policy is not None
+    if rows and has_order and trained["orders"] == "spread" and trained["budget"] == budget:
         timetables["searched"] = models.posterior.timetable
         rows = [*rows, "searched"]
 
@@ -111,11 +112,11 @@ def print_bounds(models, trained, tokens, canvas, budget, rows=(), samples=4, ba
         return lambda x, on: rule_bound(plain, x, on, rule, budget)
 
     bounds = {}
-    if models.policy is not None:
+    if has_order:
         bounds = {("learned", "order"): learned, ("uniform", "order"): uniform(models.denoiser)}
     bounds["uniform", "plain"] = uniform(plain)
     bounds |= {(rule, "plain"): along(rule) for rule in rows}
-    last = "learned is ahead by" if models.policy else ""
+    last = "learned is ahead by" if has_order else ""
     lines, ours = [("order", "model", "nats a token", last)], None
     for (order, model), bound in bounds.items():
         nats = measure(bound, tokens.long(), canvas, batch, order)

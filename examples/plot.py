@@ -34,12 +34,12 @@ def read_rows(paths):
 
 
 def measure(rows):
-    """What tells the methods apart: answers, or whole solutions where all have the answers."""
+    """What tells the methods apart: answers, or whole solutions where all have 95% of those."""
     return "answered" if min(row["answered"] for row in rows) < 0.95 else "solved"
 
 
 def catching_up(rows):
-    """For each rule the first number of steps at which it is right as often as the learned one."""
+    """Table of the average steps at which each rule is first right as often as a learned order."""
     key = measure(rows)
     lines = [("rule", "T", "catches up at", "learned order takes")]
     for ours in (row for row in rows if row["method"] == "learned"):

@@ -1191,10 +1191,10 @@ def echoes(n):
 
 
 def test_the_snippet_in_the_readme_improves_the_bound(tmp_path):
-    """It is given a denoiser of width 96 with its config, a batch of n problems and the steps."""
+    """It is given a denoiser of width 48 with its config, a batch of n problems and the steps."""
     readme, snippet = Path(__file__).with_name("README.md").read_text(), tmp_path / "snippet.py"
     snippet.write_text(readme.split("\n## Copy it")[1].split("```python\n")[1].split("```")[0])
-    config = mdmvi.ModelConfig(5, 16, 1, 2, 96, 96, mask_id=5, eos_id=0)
+    config = mdmvi.ModelConfig(5, 16, 1, 2, 48, 48, mask_id=5, eos_id=0)
     torch.manual_seed(0)
     denoiser = mdmvi.Denoiser(config)
     start = (copy.deepcopy(denoiser), mdmvi.RunPolicy(config), mdmvi.RunPosterior(config))
@@ -1218,7 +1218,7 @@ def test_the_snippet_in_the_readme_improves_the_bound(tmp_path):
 FOLDER = Path(train.__file__).resolve().parent
 GSM8K = FOLDER.parent / "shared" / "gsm8k"
 needs_gsm8k = pytest.mark.skipif(not GSM8K.is_dir(), reason="no ../shared/gsm8k")
-train.SEARCH_STEPS = 3  # enough here
+train.SEARCH_STEPS, train.TIMETABLE_PASSES = 3, 40  # enough here
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2258,7 +2258,7 @@ def test_posterior_and_policy_start_from_the_timetable_found(trained, monkeypatc
 
     def search(denoiser, tokens, canvas, timetable, passes, generator):
         assert denoiser is run.denoiser and tokens.shape == canvas.shape == (5, 20)
-        assert torch.equal(timetable, start) and passes == 400 and generator is run.generator
+        assert torch.equal(timetable, start) and passes == 40 and generator is run.generator
         return start.flip(0)
 
     monkeypatch.setattr(spread, "search_timetable", search)

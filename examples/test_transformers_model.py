@@ -147,7 +147,7 @@ def test_training_finds_the_order_and_leaves_the_model_alone(trained):
 
     start = bound()
     uniform = float(mdmvi.uniform_elbo(trained, tokens, canvas, 2, 8, generator).mean() / 2)
-    transformers_model.learn_order(networks, tokens, canvas, 2, 150, generator)
+    transformers_model.learn_order(networks, tokens, canvas, 2, 120, generator)
     end, best = bound(), -math.log(10) / 2
     assert uniform == pytest.approx(1.5 * best, abs=0.05)  # one time in two in one step
     assert start < uniform and best - 0.2 < end < best + 0.02

@@ -447,7 +447,7 @@ def test_pairs_end_to_end(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(vmd, "DRAWN", 500)
     files = [tmp_path / name for name in ("a", "b", "c")]
     for file, seed in zip(files, (0, 0, 1)):
-        flags = ("--steps", 10, "--budget", 2, "--latent-dim", 3, "--seed", seed, "--json", file)
+        flags = ("--steps", 4, "--budget", 2, "--latent-dim", 3, "--seed", seed, "--json", file)
         code, out, _ = run(capsys, *flags)
         assert code == 0
     rows = json.loads(files[0].read_text())

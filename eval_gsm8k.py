@@ -131,15 +131,14 @@ class Models(NamedTuple):
 
 
 def make_orders(kind, config, budget):
-    """A new (policy, posterior): "runs" from the left, "spread" over the text, or one score for
-    each position, "free" with a policy that sees places, "paper" with the paper's networks (R)."""
+    """A new (policy, posterior): "runs" from the left, "spread" over the text, or "paper", its own
+    networks (R) with one score for each position."""
     if kind == "runs":
         return mdmvi.RunPolicy(config), mdmvi.RunPosterior(config)
     if kind == "spread":
         posterior = spread.SpreadPosterior(config, budget)
         return spread.SpreadPolicy(config, posterior.timetable), posterior
-    policy = mdmvi.PlacePolicy if kind == "free" else mdmvi.UnmaskPolicy
-    return policy(config), mdmvi.OrderPosterior(config)
+    return mdmvi.UnmaskPolicy(config), mdmvi.OrderPosterior(config)
 
 
 def load_checkpoint(path, device="cpu"):

@@ -69,7 +69,10 @@ def rotary_tables(head_size, length, rope_bf16=False):
 
 
 def rotate(x, cos, sin):
-    """Rotate x [B, heads, N, head_size]: its first half is paired with its second half."""
+    """Rotate x [B, heads, N, head_size]: its first half is paired with its second half.
+
+    cos and sin are the first N rows of `rotary_tables`.
+    """
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).type_as(x)
 
 
@@ -205,7 +208,7 @@ def scored_places(denoiser, masked):
 #        q(r | x_s, x_0) = prod_{i in M_s} Bern(r_i; rho_i),
 #        rho_i = (alpha_i / max_{j in M_s} alpha_j)^(1/tau).
 #    The best masked position has rho = 1, so a step always reveals something; positions whose
-#    log alpha is within about tau of its own are revealed along with it.
+#    log alpha is within about tau of the best are revealed along with it.
 # ------------------------------------------------------------------------------------------------
 
 
@@ -339,8 +342,8 @@ def path_bound(
 
     s int64 [B]; weight float [B]; log_alpha float [B, N]. The gradient of `value` goes through
     log p, pi and rho, plus the score-function term (weight f_s - b) grad log q(r_0 .. r_{s-1}),
-    where b is the leave-one-out mean over the K paths. That term has the value 0. `kl` is the part
-    of it in `value`, detached.
+    where b is the leave-one-out mean over the K paths. That term has the value 0. `kl` is the KL
+    part of `value`, detached.
     """
     B, K = len(tokens), paths
     tokens, canvas, log_alpha, s = (
@@ -413,8 +416,8 @@ def uniform_elbo(denoiser, tokens, canvas, budget, samples, generator=None):
 
 
 # ------------------------------------------------------------------------------------------------
-# 4. Samplers: the learned order, and the fixed rules (Kim et al., arXiv 2502.06768, for top_prob
-#    and top_prob_margin; threshold_left and eos_aware are ours).
+# 4. Samplers: the learned order, and the fixed rules (top_prob and top_prob_margin: Kim et al.,
+#    arXiv 2502.06768; threshold: Fast-dLLM, arXiv 2505.22618; threshold_left, eos_aware: ours).
 # ------------------------------------------------------------------------------------------------
 
 CONFIDENCE_RULES = ("top_prob", "top_prob_margin", "entropy", "threshold", "threshold_left")
@@ -452,11 +455,11 @@ def choose_by_rule(strategy, logits, masked, steps_left, eos_id=None, generator=
     """Positions a fixed rule reveals, bool [B, N], at least one in each row that has any left.
 
     logits [M, V], of the M places of `masked` (bool [B, N]) in row-major order; steps_left int,
-    this one counted. The rules that rank take the best K = masked / steps_left, rounded up; iid
-    draws each with probability 1 / steps_left; threshold takes all above THRESHOLD; these two
-    take their best one where that gives none. threshold_left (ours) takes all above THRESHOLD and
-    the leftmost other one. eos_id (ours): masked positions whose most likely token is EOS are
-    revealed at once and do not count towards K.
+    this one counted. The rules that rank take their best 1 / steps_left of the candidates, rounded
+    up; iid draws each with probability 1 / steps_left; threshold takes all above THRESHOLD; these
+    two take their best one where that gives none. threshold_left (ours) takes all above THRESHOLD
+    and the leftmost other one. eos_id (ours): masked positions whose most likely token is EOS are
+    revealed at once and are no candidates.
     """
     if strategy in CONFIDENCE_RULES:
         score = masked.float().masked_scatter(masked, confidence(strategy, logits))
@@ -469,12 +472,12 @@ def choose_by_rule(strategy, logits, masked, steps_left, eos_id=None, generator=
         eos = eos.masked_scatter(masked, logits.argmax(-1) == eos_id)
     candidates = masked & ~eos
     if strategy == "iid":
-        return masked & (score > 1 - 1 / steps_left) | top_k(score, masked, 1)
+        return (masked & (score > 1 - 1 / steps_left)) | top_k(score, masked, 1)
     if strategy == "threshold":
-        return eos | candidates & (score > THRESHOLD) | top_k(score, candidates, 1)
+        return eos | (candidates & (score > THRESHOLD)) | top_k(score, candidates, 1)
     if strategy == "threshold_left":
         unsure = candidates & (score <= THRESHOLD)
-        return eos | candidates & ~unsure | unsure & (unsure.cumsum(1) == 1)
+        return eos | (candidates & ~unsure) | (unsure & (unsure.cumsum(1) == 1))
     k = (candidates.sum(1, keepdim=True) + steps_left - 1) // steps_left
     return eos | top_k(score, candidates, k)
 
@@ -482,11 +485,12 @@ def choose_by_rule(strategy, logits, masked, steps_left, eos_id=None, generator=
 def choose_by_policy(pi_logits, masked, generator=None):
     """r_i ~ Bern(pi_i) for i in M_s, bool [B, N]; the position of largest pi where no r_i = 1.
 
-    The model of the bound would reveal nothing there: this (ours) saves that pass.
+    pi_logits float [B, N]. The model of the bound would reveal nothing there: this (ours) saves
+    that pass.
     """
     u = torch.rand(masked.shape, device=masked.device, generator=generator)
     reveal = masked & (u < pi_logits.sigmoid())
-    return reveal | top_k(pi_logits, masked, 1) & ~reveal.any(1, keepdim=True)
+    return reveal | (top_k(pi_logits, masked, 1) & ~reveal.any(1, keepdim=True))
 
 
 def draw_tokens(logits, temperature, generator=None):
@@ -514,13 +518,16 @@ def generate(
     What lies on the canvas is ignored. strategy: one of STRATEGIES, "learned" needs `policy`;
     eos_aware: see `choose_by_rule`, for CONFIDENCE_RULES only; temperature of the tokens' draw.
     Rows that are finished leave the batch. Returns a Generation. Raises ValueError on an unknown
-    strategy, a budget below 1, "learned" without a policy, or eos_aware with another rule.
+    strategy, a budget below 1, a temperature below 0, "learned" without a policy, or eos_aware with
+    another rule.
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"unknown strategy {strategy!r}: choose from {', '.join(STRATEGIES)}")
     check_positive(budget=budget)
     if strategy == "learned" and policy is None:
         raise ValueError("strategy 'learned' needs a policy")
+    if not temperature >= 0:
+        raise ValueError(f"temperature is {temperature}: it must not be below 0")
     if eos_aware and strategy not in CONFIDENCE_RULES:
         raise ValueError(f"eos_aware goes with {', '.join(CONFIDENCE_RULES)}, not {strategy!r}")
     eos_id = denoiser.eos_id if eos_aware else None
@@ -549,35 +556,13 @@ def generate(
 
 
 # ------------------------------------------------------------------------------------------------
-# 5. Beyond the paper, whose networks need 5,000 steps on the default task. What makes 500 enough:
-#      PlacePolicy               the policy sees which places are masked (free scores: 1,500 steps)
+# 5. Beyond the paper (ours): orders in a tenth of the steps that its networks take. RESULTS.md has
+#    what each part is worth; most of it is the training of the posterior by `cut_loss`.
 #      RunPosterior, RunPolicy   an order is a cut of the canvas into runs, from the left
 #      run_log_prob, cut_loss    the best cuts under the denoiser, by dynamic programming
 #      importance_order_loss     f_0 exact, a later step drawn where paths go on: less variance
 #      parameter_groups, update  rates of the three networks, each clipped by itself
 # ------------------------------------------------------------------------------------------------
-
-
-class PlacePolicy(UnmaskPolicy):
-    """An `UnmaskPolicy` that sees the rank of each place among the masked ones, and their number.
-
-    Attention sees distances only, so hidden states hardly tell places, and orders depend on them.
-    A block of attention of its own lets a position see what the others hold. `config` is of the
-    width of the hidden states; no row may be longer than its max_len.
-    """
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.block = Block(config)
-        self.rank = nn.Embedding(config.max_len + 1, config.n_embd)
-        self.count = nn.Embedding(config.max_len + 1, config.n_embd)
-        for table in (self.rank, self.count):
-            nn.init.normal_(table.weight, std=0.5)  # with 0.1 it learns more slowly
-
-    def forward(self, hidden, masked):
-        rank = masked.cumsum(1)
-        seen = self.rank(rank) + self.count(rank[:, -1:])
-        return super().forward(self.block(hidden + masked[:, :, None] * seen), masked)
 
 
 class RunPosterior(OrderPosterior):
@@ -586,8 +571,8 @@ class RunPosterior(OrderPosterior):
     A cut is a sigmoid in front of each position, sharpened by SHARPEN; log alpha is minus SPACING
     times the sum of the cuts up to a position. When each token has a number of its own, errors of
     about tau put tokens that belong together into different steps; here a run moves as one. SPACING
-    is ten times tau = 0.1, so that even a cut of 0.5 keeps two runs in different steps. It starts
-    as a soft front from the left.
+    is ten times tau = 0.1: with a tau up to that, even a cut of 0.5 keeps two runs in different
+    steps. It starts as a soft front from the left.
     """
 
     SPACING, SHARPEN = 1.0, 2.0
@@ -602,9 +587,10 @@ class RunPosterior(OrderPosterior):
         return -self.SPACING * (cut * canvas).cumsum(1)
 
     def start_from(self, denoiser):
-        """Copy embedding, first blocks and norm of a `Denoiser` of this width: it can read.
+        """Copy embedding, first blocks and norm of a `Denoiser`: it can read. Returns itself.
 
-        The embedding is frozen: with a large vocabulary it is most of the cost.
+        The embedding is frozen: with a large vocabulary it is most of the cost. Raises RuntimeError
+        where the denoiser has another width or vocabulary.
         """
         state = denoiser.trunk.state_dict()
         self.trunk.load_state_dict({name: state[name] for name in self.trunk.state_dict()})
@@ -612,19 +598,22 @@ class RunPosterior(OrderPosterior):
         return self
 
 
-class RunPolicy(PlacePolicy):
-    """A `PlacePolicy` for runs: pi_i is the product of sigmoid(u_j) over j <= i in M_s.
+class RunPolicy(UnmaskPolicy):
+    """An `UnmaskPolicy` for runs: pi_i is the product of sigmoid(u_j) over j <= i in M_s.
 
     A position should be revealed only where all before it are likely to be. The product makes pi
     fall from left to right, which separate sigmoids do not ensure. The draws stay independent.
+    A block of attention lets a position see what the others hold. `config` is of the width of the
+    hidden states; no row may be longer than its max_len.
     """
 
     def __init__(self, config):
         super().__init__(config)
+        self.block = Block(config)
         nn.init.constant_(self.outer.bias, 3.0)
 
     def forward(self, hidden, masked):
-        log_go_on = F.logsigmoid(super().forward(hidden, masked))
+        log_go_on = F.logsigmoid(super().forward(self.block(hidden), masked))
         log_pi = log_go_on.masked_fill(~masked, 0.0).cumsum(1)
         return log_pi - log_one_minus(log_pi)  # the logit of pi
 
@@ -637,10 +626,10 @@ def canvas_positions(canvas, L):
 
 @torch.no_grad()
 def run_log_prob(denoiser, tokens, canvas):
-    """log p_theta of every run, nats [B, L, L + 1], from a denoiser pass for each canvas place.
+    """log p_theta of every run, nats fp32 [B, L, L + 1], from one denoiser pass a canvas place.
 
     Entry [:, i, j] is for the places i .. j - 1 of known solutions, revealed together after all
-    before i.
+    before i; it is 0 for j <= i. L is the length of the batch's longest canvas.
     """
     L = int(canvas.sum(1).max())
     position, _ = canvas_positions(canvas, L)
@@ -655,11 +644,12 @@ def cut_loss(posterior, tokens, canvas, values, budget, optimism=0.0, price=0.3)
     """Minus the expected log p_theta of a solution in runs, `price` nats taken for each step, in
     nats per canvas token (scalar): it teaches a `RunPosterior` where to cut.
 
-    values: as `run_log_prob` returns them. Cuts are drawn one by one from sigmoid(scores), not yet
-    sharpened; the mean over all cuts is exact. V_t(i), what can be had from place i on in t steps,
-    is E_j [values(i, j) - price + V_{t-1}(j)]. With optimism a > 0 it is log E_j exp(a [...]) / a,
-    between the mean and the maximum: begun with a high one that falls to 0 (`search_optimism`), the
-    search first finds out which cuts can be good at all, and gets stuck less often.
+    values: fp32 [B, L, L + 1], as `run_log_prob` returns them. Cuts are drawn one by one from
+    sigmoid(scores), not yet sharpened; the mean over all cuts is exact. V_t(i), what can be had
+    from place i on in t steps, is E_j [values(i, j) - price + V_{t-1}(j)]. With optimism a > 0 it
+    is log E_j exp(a [...]) / a, between the mean and the maximum: begun with a high one that falls
+    to 0 (`search_optimism`), training first finds out which cuts can be good at all, and gets stuck
+    less often.
     Raises ValueError on a budget below 2 or an optimism below 0.
     """
     if budget < 2:
@@ -670,22 +660,24 @@ def cut_loss(posterior, tokens, canvas, values, budget, optimism=0.0, price=0.3)
     position, used = canvas_positions(canvas, L)
     scores = posterior.scores(tokens, canvas).gather(1, position).masked_fill(~used, -30.0)
     # log P(a run from i ends before j): no cut at i + 1 .. j - 1, then one at j, or the end
-    keep, cut = F.pad(F.logsigmoid(-scores).cumsum(1), (1, 0)), F.pad(F.logsigmoid(scores), (0, 1))
-    ends = torch.ones_like(values[0], dtype=torch.bool).triu(1)
-    log_p = (keep[:, None] - keep[:, 1:, None] + cut[:, None]).masked_fill(~ends, -math.inf)
-    value = F.pad(values[:, :, L], (0, 1))  # V_1: the last step reveals all that is left
+    log_keep = F.pad(F.logsigmoid(-scores).cumsum(1), (1, 0))
+    log_cut = F.pad(F.logsigmoid(scores), (0, 1))
+    log_end = log_keep[:, None] - log_keep[:, 1:, None] + log_cut[:, None]
+    after = torch.ones_like(values[0], dtype=torch.bool).triu(1)  # j > i
+    log_end = log_end.masked_fill(~after, -math.inf)
+    to_come = F.pad(values[:, :, L], (0, 1))  # V_1: the last step reveals all that is left
     for _ in range(budget - 1):
-        gain = values + value[:, None]
+        gain = values + to_come[:, None]
         if optimism > 0:
-            mean = (log_p + optimism * gain).logsumexp(2) / optimism
+            best = (log_end + optimism * gain).logsumexp(2) / optimism
         else:
-            mean = (log_p.exp() * gain).sum(2)
-        value = F.pad(mean, (0, 1))
-    return -(value[:, 0] / canvas.sum(1)).mean()
+            best = (log_end.exp() * gain).sum(2)
+        to_come = F.pad(best, (0, 1))
+    return -(to_come[:, 0] / canvas.sum(1)).mean()
 
 
 def search_optimism(done):
-    """`optimism` of `cut_loss` when a share of the search is done: from 10 straight to 0 at 3/4."""
+    """`optimism` of `cut_loss` when a share of its steps is done: from 10 straight to 0 at 3/4."""
     return 10 * max(0.0, 1 - done / 0.75)
 
 
@@ -695,7 +687,7 @@ def draw_step(log_alpha, canvas, budget, tau, paths, generator=None):
 
     Most steps of a large budget find nothing left to reveal. So s is drawn, four times in five, in
     proportion to how many of `paths` paths of a row, drawn for this only, have something left at
-    s; the fifth time from all steps alike, so that P(s) > 0. budget T above 1.
+    s; the fifth time from all steps alike, so that P(s) > 0. The budget T must be above 1.
     """
     masked = canvas.repeat_interleave(paths, 0)
     log_alpha = log_alpha.repeat_interleave(paths, 0)
@@ -733,22 +725,19 @@ def importance_order_loss(
     return -(value / length).mean(), (kl / length).mean()
 
 
-def parameter_groups(
-    denoiser, policy, posterior, lr=1e-3, policy_lr=3e-3, posterior_lr=3e-4, warm_up=0.2
-):
-    """Parameter groups of stage 2 for any optimiser, a network each, with its peak learning rate.
+def parameter_groups(denoiser, policy, posterior, lr=1e-3, policy_lr=3e-3, posterior_lr=3e-4):
+    """Parameter groups for any optimiser, a network each, with its peak learning rate.
 
-    "params" are pairs (name, parameter), as torch's optimisers take them. A frozen denoiser (or one
-    that is no nn.Module) has no group. warm_up: the share of the steps in which the posterior's
-    rate rises; the others' rise in 0.01, and so does its own in the search, which has no policy. An
-    order that the policy does not know yet costs KL, for which a posterior at its full rate would
-    give up a searched order.
+    "params" are pairs (name, parameter), as torch's optimisers take them. A network that is None,
+    frozen or no nn.Module has no group. "warm_up" is the share of the steps in which the rate
+    rises. It is long for a posterior that is trained beside a policy: an order that the policy does
+    not know yet costs KL, for which a posterior at its full rate would give up a searched order.
     """
     groups = []
     for name, network, peak, share in (
         ("denoiser", denoiser, lr, 0.01),
         ("policy", policy, policy_lr, 0.01),
-        ("posterior", posterior, posterior_lr, 0.01 if policy is None else warm_up),
+        ("posterior", posterior, posterior_lr, 0.01 if policy is None else 0.2),
     ):
         named = network.named_parameters() if isinstance(network, nn.Module) else ()
         params = [(key, p) for key, p in named if p.requires_grad]
@@ -759,11 +748,12 @@ def parameter_groups(
 
 
 def update(optimizers, step, steps):
-    """One update after backward(), of groups from `parameter_groups`, at `step` of `steps`.
+    """Clip, set the rates, step and clear the gradients, after backward(), at `step` of `steps`.
 
-    Each network's gradient is clipped to norm 1 by itself: the posterior's is now and then by far
-    the largest, and clipped together it would shrink the others'. The rate warms up over the
-    group's share of the steps and falls along a cosine to a hundredth of its peak.
+    The optimizers' groups are from `parameter_groups`. Each network's gradient is clipped to norm 1
+    by itself: the posterior's is now and then by far the largest, and clipped together it would
+    shrink the others'. The rate warms up over the group's share of the steps and falls along a
+    cosine to a hundredth of its peak.
     """
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     for name in {group["network"] for group in groups}:

@@ -63,8 +63,8 @@ def token_text(tokenizer, token):
     return tokenizer.decode([token]).replace("\n", "⏎").replace("\ufffd", "▯")
 
 
-def show_steps(tokenizer, tokens, reveal_step, steps, color):
-    """Lines of text: the canvas after each step with its new tokens marked, and the order."""
+def show_steps(tokenizer, tokens, reveal_step, steps):
+    """Lines of text: the canvas after each step with its new tokens in brackets, and the order."""
     texts = [token_text(tokenizer, t) for t in tokens]
     lines = []
     for step in range(steps):
@@ -73,7 +73,7 @@ def show_steps(tokenizer, tokens, reveal_step, steps, color):
             if revealed > step:
                 cells.append("_")
             elif revealed == step:
-                cells.append(f"\033[1;32m{text}\033[0m" if color else f"[{text}]")
+                cells.append(f"[{text}]")
             else:
                 cells.append(text)
         lines.append(f"step {step + 1}: {''.join(cells)}")
@@ -110,6 +110,7 @@ def page(prompt, results, tokenizer):
 def read_args(argv):
     parser = Parser(__doc__)
     add = parser.add_argument
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     add("prompt", nargs="?", help="the problem (default: read from standard input)")
     add("--checkpoint", default="out/checkpoint.pt", help="what train.py wrote")
     rules = ["learned", *eval_gsm8k.RULES]
@@ -117,7 +118,7 @@ def read_args(argv):
     add("--budget", type=positive, help="steps (default: the budget it was trained for)")
     add("--temperature", type=amount, default=0.0, help="0: the most likely token")
     add("--seed", type=whole, default=0, help="seed of the draws")
-    add("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
+    add("--device", default=device, help="cpu, cuda, cuda:1, ...")
     add("--html", type=writable, metavar="FILE", help="write a page that shows the order")
     args = parser.parse_args(argv)
     use_device(args.device)
@@ -153,7 +154,7 @@ def main(argv=None):
         row, on, steps = out.tokens[0].cpu(), canvas[0], int(out.steps[0])
         results.append((name, row[on].tolist(), out.reveal_step[0].cpu()[on].tolist(), steps))
         print(f"{name}, {steps} steps")
-        print("\n".join(show_steps(tokenizer, *results[-1][1:], color=sys.stdout.isatty())))
+        print("\n".join(show_steps(tokenizer, *results[-1][1:])))
         print(f"answer:\n{eval_gsm8k.answer_text(tokenizer, row, on)}\n")
     if args.html:
         text = page(prompt, results, tokenizer)

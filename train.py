@@ -60,7 +60,7 @@ class Args:
     its comment the text of --help."""
 
     data: str = "shopping"  # or carries; a .json/.jsonl(.gz/.xz) file, folder or hub name
-    answers: Literal["equations", "full"] = "equations"  # of --data: the <<...>> notes, or all
+    answers: Literal["equations", "full"] = "equations"  # of GSM8K's: the <<...>> notes, or all
     out: str = "out"  # folder for checkpoint.pt, plain.pt, log.jsonl and results.json
     resume: bool = False  # go on from OUT/checkpoint.pt
     start: str = None  # plain.pt of another run: stage 1 and baseline, as that run's flags had it
@@ -69,7 +69,7 @@ class Args:
     init: str = None  # start from smdm-170m, or a folder with SMDM .safetensors and tokenizer.json
     max_len: positive = 52  # tokens in prompt and canvas together (256 for GSM8K)
     canvas_len: positive = 27  # tokens in the canvas (96 for GSM8K)
-    steps: positive = 5000  # stage 1: plain steps
+    steps: positive = 6000  # stage 1: plain steps
     middle: amount = 0.5  # stage 1: share at its start with mask rates from 0.2 to 0.7 (GSM8K: 0)
     batch: positive = 32  # stage 1: sequences a step
     lr: amount = 2e-3  # stage 1: peak learning rate
@@ -77,11 +77,11 @@ class Args:
     order_batch: positive = 16  # stage 2: problems a step
     paths: positive = 3  # stage 2: paths a problem, K (spread: always 1, as all are alike)
     order_lr: amount = 1e-3  # stage 2, baseline: peak rate of the denoiser; 0 leaves it frozen
-    head_lr: amount = 3e-3  # stage 2: peak rate of policy and search; posterior: a tenth, free: all
-    search: whole = 512  # stage 2: problems to search the first orders on (free, paper: always 0)
+    head_lr: amount = 3e-3  # stage 2: peak rate of the policy and of the search; posterior: a tenth
+    search: whole = 512  # stage 2: problems to search the first orders on (paper: always 0)
     budget: positive = 5  # stage 2: steps of generation, T
     tau: amount = 0.1  # stage 2: temperature of the posterior
-    orders: Literal["runs", "spread", "free", "paper"] = "runs"  # stage 2 (paper: its loss as well)
+    orders: Literal["runs", "spread", "paper"] = "runs"  # stage 2 (paper: its loss as well)
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: for matrices of the trunks, AdamW the rest
     accumulate: positive = 1  # split each step into so many micro-batches
     problems: whole = 500  # held-out problems in the closing table (of a file up to 256); 0: none
@@ -107,7 +107,7 @@ def parse_args(argv=None):
         raise UserError("--tau must be above 0")
     if args.batch % args.accumulate or args.order_batch % args.accumulate:
         raise UserError(f"--accumulate {args.accumulate} must divide --batch and --order-batch")
-    if args.orders in ("free", "paper"):
+    if args.orders == "paper":
         args.search = 0
     if args.orders == "spread":
         args.paths = 1
@@ -242,10 +242,8 @@ def stage_groups(run, stage):
     if args.orders == "runs":
         run.posterior.trunk.wte.requires_grad_(False)  # as in start_from
     networks = (run.denoiser, run.policy, run.posterior)
-    # Free scores begin as noise, with no searched order to protect: a full rate, a short warm-up
-    rate, warm_up = (1, 0.05) if args.orders == "free" else (0.1, 0.2)
-    rates = (args.order_lr, args.head_lr, rate * args.head_lr)
-    groups = mdmvi.parameter_groups(*networks, *rates, warm_up)
+    rates = (args.order_lr, args.head_lr, 0.1 * args.head_lr)
+    groups = mdmvi.parameter_groups(*networks, *rates)
     return groups, args.order_steps, args.order_batch
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from examples.command_line import Parser, UserError, aligned, run_main, writable
 from examples.gsm8k import read_records
+from mdmvi import STRATEGIES
 
 LABELS = {"answered": "right answers, %", "solved": "right solutions, %"}
-MARKERS = ".x"  # colours repeat after ten rules
 NUMBERS = ("average_steps", "budget", "answered", "solved")
 
 
@@ -88,7 +88,7 @@ def close_dots(rows, key):
     return groups
 
 
-def draw(rows, path):
+def draw(rows, path, title=""):
     """Right answers, or whole solutions, against steps: learned orders are dots, rules lines.
 
     Rules are drawn from the rows of the sweep, which are of one run, or from all if there are none.
@@ -96,15 +96,18 @@ def draw(rows, path):
     plt, key = pyplot(), measure(rows)
     figure, axes = plt.subplots(figsize=(7.5, 4.5))
     for i, (budgets, dots) in enumerate(close_dots(rows, key)):
-        axes.plot(*zip(*dots), "ko", markersize=8, zorder=3, label=None if i else "learned")
+        hollow = {"markersize": 8, "markerfacecolor": "none", "markeredgewidth": 2, "zorder": 3}
+        axes.plot(*zip(*dots), "ko", label=None if i else "learned", **hollow)
         beside = {"textcoords": "offset points", "xytext": (-7, -3), "ha": "right", "fontsize": 7}
         axes.annotate(f"T={', '.join(map(str, budgets))}", dots[0], **beside)
     fixed = [row for row in rows if row["method"] != "learned"]
     fixed = [row for row in fixed if row["match"] == "sweep"] or fixed
-    for i, name in enumerate(dict.fromkeys(row["method"] for row in fixed)):
-        style = {"linestyle": "--" if name.endswith("+eos") else "-", "color": f"C{i}"}
-        axes.plot(*zip(*points(fixed, name, key)), marker=MARKERS[i // 10], label=name, **style)
-    axes.set(xlabel="average steps (forward passes)", ylabel=LABELS[key], xscale="log")
+    for name in dict.fromkeys(row["method"] for row in fixed):
+        rule, _, eos = name.partition("+")
+        style = {"linestyle": "--" if eos else "-", "marker": "x" if eos else "."}
+        style["color"] = f"C{STRATEGIES.index(rule)}" if rule in STRATEGIES else "grey"
+        axes.plot(*zip(*points(fixed, name, key)), label=name, **style)
+    axes.set(xlabel="average steps (forward passes)", ylabel=LABELS[key], xscale="log", title=title)
     axes.set_xticks(sorted({row["budget"] for row in rows}))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.minorticks_off()
@@ -121,11 +124,12 @@ def main(argv=None):
     parser.add_argument(
         "--out", type=writable, metavar="FILE", help="draw the picture there: .png, .svg or .pdf"
     )
+    parser.add_argument("--title", default="", help="what stands above the picture")
     args = parser.parse_args(argv)
     rows = read_rows(args.rows)
     print(f"steps at which a rule is as often right ({measure(rows)})\n\n{catching_up(rows)}")
     if args.out:
-        draw(rows, args.out)
+        draw(rows, args.out, args.title)
 
 
 if __name__ == "__main__":

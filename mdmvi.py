@@ -602,9 +602,10 @@ class RunPolicy(UnmaskPolicy):
     """An `UnmaskPolicy` for runs: pi_i is the product of sigmoid(u_j) over j <= i in M_s.
 
     A position should be revealed only where all before it are likely to be. The product makes pi
-    fall from left to right, which separate sigmoids do not ensure. The draws stay independent.
-    A block of attention lets a position see what the others hold. `config` is of the width of the
-    hidden states; no row may be longer than its max_len.
+    fall from left to right, which separate sigmoids do not ensure. The draws stay independent. The
+    first position of M_s has no factor: pi = 1, as rho = 1 there in every order of runs. A block of
+    attention lets a position see what the others hold. `config` is of the width of the hidden
+    states; no row may be longer than its max_len.
     """
 
     def __init__(self, config):
@@ -614,7 +615,8 @@ class RunPolicy(UnmaskPolicy):
 
     def forward(self, hidden, masked):
         log_go_on = F.logsigmoid(super().forward(self.block(hidden), masked))
-        log_pi = log_go_on.masked_fill(~masked, 0.0).cumsum(1)
+        later = masked & (masked.cumsum(1) > 1)
+        log_pi = log_go_on.masked_fill(~later, 0.0).cumsum(1)
         return log_pi - log_one_minus(log_pi)  # the logit of pi
 
 

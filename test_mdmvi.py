@@ -949,22 +949,23 @@ def test_a_posterior_that_has_learned_the_cuts_draws_the_order():
 
 
 def test_run_policy():
-    """pi is the product of a plain policy's pi over the masked positions up to one."""
+    """pi is the product of a plain policy's pi over the masked positions, without the first."""
     policy, hidden = randomise(mdmvi.RunPolicy(tiny_config())), torch.randn(3, 6, 8)
     masked = torch.rand(3, 6, generator=rng(1)) < 0.6
     seen = policy.block(hidden)  # what the others hold, too
-    u = mdmvi.UnmaskPolicy.forward(policy, seen, masked).double().sigmoid()
+    u = mdmvi.UnmaskPolicy.forward(policy, seen, masked).double().sigmoid().detach()
     pi = policy(hidden, masked).double().sigmoid()
     for row, i in masked.nonzero().tolist():
-        before = [u[row, j] for j in range(i + 1) if masked[row, j]]
-        assert torch.allclose(pi[row, i], torch.stack(before).prod(), rtol=1e-4)
+        before = [u[row, j].item() for j in range(i + 1) if masked[row, j]]
+        assert pi[row, i].item() == pytest.approx(math.prod(before[1:]), rel=1e-4)
     assert (mdmvi.RunPolicy(tiny_config()).outer.bias == 3).all()
     for bias in (-90.0, 90.0):
         torch.nn.init.constant_(policy.outer.bias, bias)
         logits = policy(hidden, masked)
         gradients = torch.autograd.grad(logits[masked].sum(), list(policy.parameters()))
         assert all(x.isfinite().all() for x in (logits[masked], *gradients))
-        assert (logits[masked] * bias > 0).all()
+        first = masked & (masked.cumsum(1) == 1)
+        assert (logits[masked & ~first] * bias > 0).all() and (logits[first] > 13).all()
 
 
 # ------------------------------------------------------------------------------------------------

@@ -97,12 +97,12 @@ def test_half_precision_gives_fp32():
 
 
 def test_models_that_do_not_come_apart_or_look_backwards_are_refused():
-    with pytest.raises(UserError, match="Gemma2ForCausalLM is not its parts in a row"):
+    with pytest.raises(ValueError, match="Gemma2ForCausalLM is not its parts in a row"):
         wrapped("Gemma2", final_logit_softcapping=0.1, num_key_value_heads=1, head_dim=16)
-    with pytest.raises(UserError, match="MambaForCausalLM looks only backwards"):
+    with pytest.raises(ValueError, match="MambaForCausalLM looks only backwards"):
         wrapped("Mamba")
     model = transformers.DistilBertForMaskedLM(transformers.DistilBertConfig(vocab_size=V, dim=24))
-    with pytest.raises(UserError, match="DistilBertForMaskedLM is not its parts in a row"):
+    with pytest.raises(ValueError, match="DistilBertForMaskedLM is not its parts in a row"):
         TransformersDenoiser(model, MASK, EOS)
 
 

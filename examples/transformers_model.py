@@ -31,7 +31,7 @@ SEARCH_STEPS, SEARCH_BATCH = 200, 32
 class TransformersDenoiser:
     """mdmvi's denoiser around a frozen model of transformers: its base, then the parts of its head.
 
-    canvas_len: the most places a canvas has (0: any number). Raises UserError where these parts do
+    canvas_len: the most places a canvas has (0: any number). Raises ValueError where these parts do
     not make up the model, or where it still looks only backwards.
     """
 
@@ -64,9 +64,9 @@ class TransformersDenoiser:
         except (RuntimeError, TypeError):  # parts that do not follow one another
             same = False
         if not same:
-            raise UserError(f"the head of {name} is not its parts in a row: take another model")
+            raise ValueError(f"the head of {name} is not its parts in a row: take another model")
         if torch.equal(hidden[0, 0], hidden[1, 0]):
-            raise UserError(f"{name} looks only backwards: update transformers or take another")
+            raise ValueError(f"{name} looks only backwards: update transformers or take another")
 
 
 def load_model(name, mask_id, canvas_len, device):
@@ -94,7 +94,10 @@ def load_model(name, mask_id, canvas_len, device):
     mask_id = token_id("MASK: give --mask-id", config.vocab_size, *masks)
     ends = (tokenizer.eos_token_id, tokenizer.sep_token_id)
     eos_id = token_id("EOS or SEP: take a tokenizer that has", config.vocab_size, *ends)
-    return TransformersDenoiser(model.to(device), mask_id, eos_id, canvas_len), tokenizer
+    try:
+        return TransformersDenoiser(model.to(device), mask_id, eos_id, canvas_len), tokenizer
+    except ValueError as error:
+        raise UserError(str(error))
 
 
 def token_id(what, vocab_size, *choices):

@@ -10,7 +10,7 @@ solutions, one for each choice and its order, among them
 
 What is bought is a free choice, and all that is written must agree on it, the answer too. Tokens
 that are open and depend on each other cannot be revealed together, so the answer depends on the
-order of the tokens. One to three things are bought.
+order of the tokens. One to three things are bought, in half of the problems three.
 
 "carries": "Ben has 52 hats. He buys 3, finds 1 and gets 9. How many hats does he have now?" has six
 right solutions, one for each order of its changes, written as GSM8K's notes are:
@@ -81,7 +81,8 @@ def euros_and_prices(rng):
 
 def tell_shopping(rng, numbers):
     start, *prices = numbers
-    name, things, k = rng.choice(list(PEOPLE)), rng.choice(THINGS), rng.randint(1, 3)
+    name, things = rng.choice(list(PEOPLE)), rng.choice(THINGS)
+    k = rng.choice((1, 2, 3, 3))  # the third sum is the last one that a model learns
     told = f"{', '.join(map(str, prices[:-1]))} or {prices[-1]}"
     question = (
         f"{name} has {start} euros. {things.title()} cost {told}. {PEOPLE[name].title()} buys "

@@ -95,8 +95,10 @@ def test_numbers_and_lengths(task):
                 assert len({v > 0 for v in listed}) == 1 and all(1 <= abs(v) <= 9 for v in listed)
                 assert all(9 < total < 100 for total in itertools.accumulate((start, *listed)))
             carried += start // 10 != int(p["answer"].split()[-1]) // 10
-        assert lengths.keys() == ({1, 2, 3} if task == "shopping" else {2, 3, 4})
-        assert all(abs(n / len(problems) - 1 / 3) < 0.08 for n in lengths.values())
+        thirds = dict.fromkeys((2, 3, 4), 1 / 3)
+        shares = {1: 1 / 4, 2: 1 / 4, 3: 1 / 2} if task == "shopping" else thirds
+        assert lengths.keys() == shares.keys()
+        assert all(abs(n / len(problems) - shares[k]) < 0.08 for k, n in lengths.items())
         assert 0.3 < carried / len(problems) < 0.95
 
 

@@ -39,7 +39,7 @@ from examples.gsm8k import final_number, load_gsm8k, solves_equations
 from examples.smdm import LlamaTokenizer
 
 SEPARATOR = "||"  # between question and answer, as in SMDM's fine-tuning data
-VERSION = 7  # of the checkpoints
+VERSION = 8  # of the checkpoints
 RULES = [rule for rule in mdmvi.STRATEGIES if rule != "learned"]
 RULES += [f"{rule}+eos" for rule in mdmvi.CONFIDENCE_RULES]  # eos_aware
 

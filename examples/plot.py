@@ -79,7 +79,7 @@ def close_dots(rows, key):
     for row in sorted(learned, key=lambda row: row["budget"]):
         steps, percent = row["average_steps"], 100 * row[key]
         for budgets, dots in groups:
-            if abs(steps / dots[0][0] - 1) < 0.12 and abs(percent - dots[0][1]) < 5:
+            if abs(steps / dots[0][0] - 1) < 0.2 and abs(percent - dots[0][1]) < 5:
                 budgets.append(row["budget"])
                 dots.append((steps, percent))
                 break

@@ -21,8 +21,8 @@ torch.Generator on the tensors' device, or None for the global one. Log-probabil
 
 A denoiser is any object with `denoiser(tokens)` -> hidden [B, N, D], `denoiser.logits(hidden)`
 for hidden [M, D] -> [M, V], -inf for MASK, and the attributes `mask_id` and (for eos_aware rules)
-`eos_id`. An optional `canvas_len` is the most places a canvas has: on a GPU a larger canvas would
-silently lose places.
+`eos_id`. An optional `canvas_len` is the most places a canvas has: on a GPU a larger canvas makes
+the bounds nan.
 A policy maps (hidden, masked) -> pi_logits [B, N]. A posterior maps (tokens, canvas) -> log_alpha
 [B, N]; only its differences matter.
 """
@@ -178,13 +178,14 @@ class UnmaskPolicy(nn.Module):
 def token_log_prob(denoiser, tokens, masked):
     """One pass on x_s: (log p_theta(x_0^i | x_s) fp32 [B, N], 0 off M_s; hidden [B, N, D]).
 
-    Logits are computed where they are scored, at M_s.
+    Logits are computed where they are scored, at M_s. All is nan where a GPU had no room for M_s.
     """
     hidden = denoiser(tokens.masked_fill(masked, denoiser.mask_id))
     place, used = scored_places(denoiser, masked)
     logits = denoiser.logits(hidden.flatten(0, 1)[place]).float()
     log_p = -F.cross_entropy(logits, tokens.flatten()[place], reduction="none")
     flat = log_p.new_zeros(tokens.numel()).scatter_add(0, place, torch.where(used, log_p, 0.0))
+    flat = flat.masked_fill(used.sum() < masked.sum(), math.nan)
     return flat.view(tokens.shape), hidden
 
 

@@ -360,6 +360,17 @@ def test_token_log_prob(gpu_path, canvas_len, monkeypatch):
         assert torch.allclose(fast[0], exact[0], atol=1e-5)
 
 
+def test_a_canvas_that_is_too_long_gives_nan():
+    """On a GPU there is room for canvas_len places a row: better nan than a bound that is off."""
+    toy = Toy()
+    toy.canvas_len = 2
+    masked = CANVAS & torch.tensor([[True], [False]])  # one row of three, the batch has room for 4
+    assert on_gpu_path(mdmvi.token_log_prob, toy, X0, masked)[0].isfinite().all()
+    log_p, _ = on_gpu_path(mdmvi.token_log_prob, toy, X0, CANVAS)  # 5 places
+    assert log_p.isnan().all()
+    assert mdmvi.token_log_prob(toy, X0, CANVAS)[0].isfinite().all()  # no such limit on a CPU
+
+
 # ------------------------------------------------------------------------------------------------
 # 2. Posterior over orders
 # ------------------------------------------------------------------------------------------------

@@ -197,7 +197,8 @@ def load_problems(args):
     """(training problems, held-out problems), never overlapping."""
     if args.data in eval_gsm8k.TASKS:
         draw = eval_gsm8k.TASKS[args.data]
-        return draw(60_000, 0, False), draw(max(args.problems, HELD_OUT), 1, True)
+        held_out = draw(max(args.problems, HELD_OUT), 1, True)
+        return draw(60_000, 0, False, with_solutions=False), held_out
     problems = gsm8k.load_gsm8k(args.data, args.answers)
     return gsm8k.hold_out(problems, HELD_OUT)
 

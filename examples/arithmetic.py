@@ -43,13 +43,13 @@ def is_held_out(numbers):
     return hashlib.sha256(repr([start, *sorted(changes)]).encode()).digest()[0] % HELD_OUT == 0
 
 
-def draw_problems(n, seed, held_out, draw_numbers, tell):
+def draw_problems(n, seed, held_out, with_solutions, draw_numbers, tell):
     """n dicts {question, answer, solutions} from a seeded stream; `held_out` picks the side.
 
     draw_numbers(rng) -> what the split goes by. tell(rng, numbers) -> (question, choices, k,
     write): write(order) is a solution for each order of k of the choices. The answer is one of
-    them, drawn evenly, and `solutions` are all. No held-out question comes twice: UserError where
-    there are not that many.
+    them, drawn evenly, and `solutions` are all; to list them takes most of the time, and training
+    does not need them. No held-out question comes twice: UserError where there are not that many.
     """
     rng, found, asked, repeated = random.Random(seed), [], set(), 0
     while len(found) < n:
@@ -63,9 +63,10 @@ def draw_problems(n, seed, held_out, draw_numbers, tell):
                 raise UserError(f"this task has hardly more than {len(found)} held-out questions")
             continue
         asked.add(question)
-        solutions = sorted({write(order) for order in itertools.permutations(choices, k)})
-        answer = write(rng.sample(choices, k))
-        found.append({"question": question, "answer": answer, "solutions": solutions})
+        found.append({"question": question, "answer": write(rng.sample(choices, k))})
+        if with_solutions:
+            every = {write(order) for order in itertools.permutations(choices, k)}
+            found[-1]["solutions"] = sorted(every)
     return found
 
 
@@ -130,14 +131,14 @@ def tell_changes(rng, numbers):
     return question, changes, len(changes), notes
 
 
-def shopping(n, seed, held_out):
+def shopping(n, seed, held_out, with_solutions=True):
     """n problems of shopping, see `draw_problems`."""
-    return draw_problems(n, seed, held_out, euros_and_prices, tell_shopping)
+    return draw_problems(n, seed, held_out, with_solutions, euros_and_prices, tell_shopping)
 
 
-def carries(n, seed, held_out):
+def carries(n, seed, held_out, with_solutions=True):
     """n problems of carries, see `draw_problems`."""
-    return draw_problems(n, seed, held_out, gains_or_losses, tell_changes)
+    return draw_problems(n, seed, held_out, with_solutions, gains_or_losses, tell_changes)
 
 
 TASKS = {"shopping": shopping, "carries": carries}

@@ -140,6 +140,8 @@ def test_seeds_and_orders():
     first = arithmetic.shopping(50, 0, False)
     assert first == arithmetic.shopping(50, 0, False) == arithmetic.shopping(80, 0, False)[:50]
     assert first != arithmetic.shopping(50, 1, False)
+    unlisted = arithmetic.shopping(50, 0, False, with_solutions=False)
+    assert unlisted == [{key: p[key] for key in ("question", "answer")} for p in first]
     places = Counter()
     for p in problem_sets("shopping")[0]:
         if len(p["solutions"]) == 12:  # two of four, told in random order
@@ -177,6 +179,6 @@ def test_more_held_out_questions_than_there_are():
         return str(numbers), [1], 1, lambda order: "1"
 
     there = sum(map(arithmetic.is_held_out, ([n, 1] for n in range(1, 100))))
-    assert len(arithmetic.draw_problems(there, 0, True, draw_numbers, tell)) == there
+    assert len(arithmetic.draw_problems(there, 0, True, True, draw_numbers, tell)) == there
     with pytest.raises(UserError, match=f"hardly more than {there} held-out"):
-        arithmetic.draw_problems(there + 1, 0, True, draw_numbers, tell)
+        arithmetic.draw_problems(there + 1, 0, True, True, draw_numbers, tell)

@@ -40,8 +40,7 @@ from examples.smdm import LlamaTokenizer
 
 SEPARATOR = "||"  # between question and answer, as in SMDM's fine-tuning data
 VERSION = 8  # of the checkpoints
-RULES = [rule for rule in mdmvi.STRATEGIES if rule != "learned"]
-RULES += [f"{rule}+eos" for rule in mdmvi.CONFIDENCE_RULES]  # eos_aware
+RULES = [*mdmvi.RULES, *(f"{rule}+eos" for rule in mdmvi.CONFIDENCE_RULES)]  # +eos: eos_aware
 
 
 # ------------------------------------------------------------------------------------------------

@@ -11,11 +11,12 @@ reveal together is a latent variable r here, learned by variational inference (F
     5. beyond the paper   what we added, so that orders are learned in a tenth of the steps
 
 Shapes: B batch, N sequence length, L canvas length, V vocabulary, D width, T = budget (steps), K
-paths of a sequence, M places that are scored in a whole batch.
+paths drawn for each sequence, M places that are scored in a whole batch (M_s is a set).
 `canvas` is a bool [B, N], true where the answer goes, at least once in every row (`generate`
 takes rows without any). `masked` is the part of it that is still hidden (M_s). `tokens` are the
-clean sequence x_0, int64 [B, N]; x_s is x_0 with M_s replaced by MASK. `generator` is a
-torch.Generator on the tensors' device, or None for the global one. Log-probabilities are in nats.
+clean sequence x_0, int64 [B, N], always; x_s is x_0 with M_s replaced by MASK. M_0 is the whole
+canvas; a path is M_0, M_1, ... as drawn from q. `generator` is a torch.Generator on the tensors'
+device, or None for the global one. Log-probabilities are in nats.
 (R) marks what is rebuilt from summaries of [F]: the policy's input, the posterior's form, the loss.
 (ours) marks what is not in [F]. No network is told the step s, only which tokens are masked.
 
@@ -181,6 +182,7 @@ def token_log_prob(denoiser, tokens, masked):
     Logits are computed where they are scored, at M_s. All is nan where a GPU had no room for M_s.
     """
     hidden = denoiser(tokens.masked_fill(masked, denoiser.mask_id))
+    # What follows is -cross_entropy(logits(hidden[masked]), tokens[masked]), put at M_s
     place, used = scored_places(denoiser, masked)
     logits = denoiser.logits(hidden.flatten(0, 1)[place]).float()
     log_p = -F.cross_entropy(logits, tokens.flatten()[place], reduction="none")
@@ -248,9 +250,10 @@ def reveal_log_prob(log_alpha, masked, tau):
 
 
 def log_one_minus(log_p):
-    """log(1 - exp(log_p)) for log_p <= 0; log 1e-6 with gradient 0 where p is (nearly) 1.
+    """log(1 - exp(log_p)) for log_p <= 0; log 1e-6 with gradient 0 where p is above 1 - 1e-6.
 
-    For rho = 1 its factor 1 - rho is 0, so the clamp changes nothing; for pi it caps the logit.
+    That does no harm where rho = 1: the KL multiplies it by 1 - rho = 0, and `draw_path` never
+    counts it, as such a place is always revealed. For pi of `RunPolicy` it caps the logit at 13.8.
     """
     return torch.log(-torch.expm1(log_p.clamp(max=-1e-6)))
 
@@ -264,8 +267,8 @@ def draw_reveal(log_rho, masked, generator=None):
 def draw_path(log_alpha, canvas, steps, max_steps, tau, generator=None):
     """Draw M_steps ~ q by revealing `steps` times from the full canvas, with no network call.
 
-    log_alpha float [B, N]; canvas bool [B, N]; steps int64 [B], how many steps each row takes, at
-    most max_steps, an int: the host knows it, so that nothing waits for a GPU.
+    log_alpha float [B, N]; canvas bool [B, N]; steps int64 [B], how often each row reveals;
+    max_steps, an int, is no smaller than any of them (to read steps.max() would wait for a GPU).
     Returns (masked bool [B, N], what is still hidden; log q(r_0 .. r_{steps-1} | x_0) [B], with its
     gradient in log_alpha).
     """
@@ -363,9 +366,9 @@ def order_loss(denoiser, policy, posterior, tokens, canvas, budget, tau, paths, 
     """Negative ELBO over orders, nats per canvas token, with its RLOO gradient, as in [F] (R).
 
     Each x_0 gets one step s, uniform on 0 .. T-1 and stratified over the batch, and K paths up to
-    M_s: the estimate is the mean of T f_s(M_s), from B K denoiser passes. Returns (loss, kl, the
-    detached KL part of it), scalars in nats per canvas token. Raises ValueError on a budget or
-    paths below 1, or tau not above 0.
+    M_s: the estimate is the mean of T f_s(M_s), from B K denoiser passes. Returns two scalars in
+    nats per canvas token: the loss, and the part of it that is KL, detached. Raises ValueError on a
+    budget or paths below 1, or tau not above 0.
     """
     check_positive(budget=budget, tau=tau, paths=paths)
     u = stratified_uniform(len(tokens), tokens.device, generator)
@@ -390,7 +393,7 @@ def order_elbo(denoiser, policy, posterior, tokens, canvas, budget, tau, samples
     for _ in range(samples):
         masked = canvas
         for s in range(budget):
-            last = torch.full((len(tokens),), s == budget - 1, device=tokens.device)
+            last = torch.full_like(canvas[:, 0], s == budget - 1)
             log_rho = reveal_log_prob(log_alpha, masked, tau)
             token_term, kl = step_bound(denoiser, policy, tokens, masked, log_rho, last)
             total += token_term - kl
@@ -411,18 +414,20 @@ def uniform_elbo(denoiser, tokens, canvas, budget, samples, generator=None):
         for s in range(budget):
             log_rho = torch.full(tokens.shape, -math.log(budget - s), device=tokens.device)
             log_p, _ = token_log_prob(denoiser, tokens, masked)
-            total += (log_rho.exp() * log_p).sum(1)
+            total += log_p.sum(1) / (budget - s)
             masked = masked & ~draw_reveal(log_rho, masked, generator)
     return total / samples
 
 
 # ------------------------------------------------------------------------------------------------
-# 4. Samplers: the learned order, and the fixed rules (top_prob and top_prob_margin: Kim et al.,
-#    arXiv 2502.06768; threshold: Fast-dLLM, arXiv 2505.22618; threshold_left, eos_aware: ours).
+# 4. Samplers: the learned order and fixed rules. [F] compares with iid, top_prob and
+#    top_prob_margin (the last two: Kim et al., arXiv 2502.06768). threshold is Fast-dLLM's (arXiv
+#    2505.22618); entropy, left_to_right and random are common; threshold_left, eos_aware are ours.
 # ------------------------------------------------------------------------------------------------
 
 CONFIDENCE_RULES = ("top_prob", "top_prob_margin", "entropy", "threshold", "threshold_left")
-STRATEGIES = ("learned", "iid", *CONFIDENCE_RULES, "left_to_right", "random")
+RULES = ("iid", *CONFIDENCE_RULES, "left_to_right", "random")
+STRATEGIES = ("learned", *RULES)
 THRESHOLD = 0.9  # of the rules of this name: reveal what is more probable
 
 
@@ -444,8 +449,7 @@ def top_k(score, candidates, k):
 def confidence(strategy, logits):
     """What a confidence rule ranks places by, highest first: float [M] from logits [M, V]."""
     if strategy == "entropy":
-        log_p = logits.log_softmax(-1)
-        return (log_p.exp() * log_p.clamp(min=-1e30)).sum(-1)  # MASK may have log p = -inf
+        return -torch.special.entr(logits.softmax(-1)).sum(-1)
     if strategy == "top_prob_margin":
         best, second = logits.softmax(-1).topk(2, dim=-1).values.unbind(-1)
         return best - second
@@ -457,10 +461,10 @@ def choose_by_rule(strategy, logits, masked, steps_left, eos_id=None, generator=
 
     logits [M, V], of the M places of `masked` (bool [B, N]) in row-major order; steps_left int,
     this one counted. The rules that rank take their best 1 / steps_left of the candidates, rounded
-    up; iid draws each with probability 1 / steps_left; threshold takes all above THRESHOLD; these
-    two take their best one where that gives none. threshold_left (ours) takes all above THRESHOLD
-    and the leftmost other one. eos_id (ours): masked positions whose most likely token is EOS are
-    revealed at once and are no candidates.
+    up; iid draws each with probability 1 / steps_left; threshold takes all above THRESHOLD. Where
+    that gives none, iid takes one at random and threshold the most probable. threshold_left (ours)
+    takes all above THRESHOLD and the leftmost other one. eos_id (ours, for CONFIDENCE_RULES):
+    masked positions whose most likely token is EOS are revealed at once and are no candidates.
     """
     if strategy in CONFIDENCE_RULES:
         score = masked.float().masked_scatter(masked, confidence(strategy, logits))
@@ -557,8 +561,8 @@ def generate(
 
 
 # ------------------------------------------------------------------------------------------------
-# 5. Beyond the paper (ours): orders in a tenth of the steps that its networks take. RESULTS.md has
-#    what each part is worth; most of it is the training of the posterior by `cut_loss`.
+# 5. Beyond the paper (ours): with these, orders need a tenth of the steps that section 3 needs with
+#    the paper's networks. RESULTS.md has what each part is worth; `cut_loss` is worth most.
 #      RunPosterior, RunPolicy   an order is a cut of the canvas into runs, from the left
 #      run_log_prob, cut_loss    the best cuts under the denoiser, by dynamic programming
 #      importance_order_loss     f_0 exact, a later step drawn where paths go on: less variance
@@ -572,8 +576,8 @@ class RunPosterior(OrderPosterior):
     A cut is a sigmoid in front of each position, sharpened by SHARPEN; log alpha is minus SPACING
     times the sum of the cuts up to a position. When each token has a number of its own, errors of
     about tau put tokens that belong together into different steps; here a run moves as one. SPACING
-    is ten times tau = 0.1: with a tau up to that, even a cut of 0.5 keeps two runs in different
-    steps. It starts as a soft front from the left.
+    is meant for tau <= 0.1: then even a cut of 0.5 lowers log alpha by 5 tau, which keeps two runs
+    in different steps. It starts as a soft front from the left.
     """
 
     SPACING, SHARPEN = 1.0, 2.0
@@ -581,7 +585,7 @@ class RunPosterior(OrderPosterior):
     def __init__(self, config):
         super().__init__(config)
         nn.init.zeros_(self.score.weight)
-        nn.init.constant_(self.score.bias, -2.2)  # rho falls to 1 / e over eight positions
+        nn.init.constant_(self.score.bias, -2.2)  # tau = 0.1: rho falls to 1 / e in 8 places
 
     def forward(self, tokens, canvas):
         cut = (self.SHARPEN * self.scores(tokens, canvas)).sigmoid()
@@ -590,8 +594,9 @@ class RunPosterior(OrderPosterior):
     def start_from(self, denoiser):
         """Copy embedding, first blocks and norm of a `Denoiser`: it can read. Returns itself.
 
-        The embedding is frozen: with a large vocabulary it is most of the cost. Raises RuntimeError
-        where the denoiser has another width or vocabulary.
+        The embedding is frozen: with a large vocabulary it is most of the cost. Both need one
+        config, but for the lengths: RuntimeError where width or vocabulary differ, KeyError where
+        the denoiser has too few blocks; another number of heads is not noticed.
         """
         state = denoiser.trunk.state_dict()
         self.trunk.load_state_dict({name: state[name] for name in self.trunk.state_dict()})
@@ -604,15 +609,15 @@ class RunPolicy(UnmaskPolicy):
 
     A position should be revealed only where all before it are likely to be. The product makes pi
     fall from left to right, which separate sigmoids do not ensure. The draws stay independent. The
-    first position of M_s has no factor: pi = 1, as rho = 1 there in every order of runs. A block of
-    attention lets a position see what the others hold. `config` is of the width of the hidden
-    states; no row may be longer than its max_len.
+    first position of M_s has no factor: pi = 1 (up to 1e-6), as rho = 1 there in every order of
+    runs. A block of attention lets a position see what is at the others. `config` is of the width
+    of the hidden states; no row may be longer than its max_len.
     """
 
     def __init__(self, config):
         super().__init__(config)
         self.block = Block(config)
-        nn.init.constant_(self.outer.bias, 3.0)
+        nn.init.constant_(self.outer.bias, 3.0)  # at first a run goes on with probability 0.95
 
     def forward(self, hidden, masked):
         log_go_on = F.logsigmoid(super().forward(self.block(hidden), masked))
@@ -644,11 +649,12 @@ def run_log_prob(denoiser, tokens, canvas):
 
 
 def cut_loss(posterior, tokens, canvas, values, budget, optimism=0.0, price=0.3):
-    """Minus the expected log p_theta of a solution in runs, `price` nats taken for each step, in
-    nats per canvas token (scalar): it teaches a `RunPosterior` where to cut.
+    """Teaches a `RunPosterior` where to cut: a loss in nats per canvas token (scalar).
 
-    values: fp32 [B, L, L + 1], as `run_log_prob` returns them. Cuts are drawn one by one from
-    sigmoid(scores), not yet sharpened; the mean over all cuts is exact. V_t(i), what can be had
+    It is minus the expected log p_theta of a solution that is revealed in runs, plus `price` nats
+    for each run: a cut must gain more than that. values: fp32 [B, L, L + 1], as `run_log_prob`
+    returns them; L may exceed the longest canvas. Cuts are drawn one by one from sigmoid(scores),
+    not yet sharpened; the mean over all cuts is exact. V_t(i), what can be had
     from place i on in t steps, is E_j [values(i, j) - price + V_{t-1}(j)]. With optimism a > 0 it
     is log E_j exp(a [...]) / a, between the mean and the maximum: begun with a high one that falls
     to 0 (`search_optimism`), training first finds out which cuts can be good at all, and gets stuck
@@ -661,7 +667,8 @@ def cut_loss(posterior, tokens, canvas, values, budget, optimism=0.0, price=0.3)
         raise ValueError(f"optimism is {optimism}: it must not be below 0")
     L, values = values.shape[1], values - price
     position, used = canvas_positions(canvas, L)
-    scores = posterior.scores(tokens, canvas).gather(1, position).masked_fill(~used, -30.0)
+    scores = posterior.scores(tokens, canvas).gather(1, position)
+    scores = scores.masked_fill(~used, -30.0)  # no cut behind a short canvas
     # log P(a run from i ends before j): no cut at i + 1 .. j - 1, then one at j, or the end
     log_keep = F.pad(F.logsigmoid(-scores).cumsum(1), (1, 0))
     log_cut = F.pad(F.logsigmoid(scores), (0, 1))
@@ -708,7 +715,7 @@ def draw_step(log_alpha, canvas, budget, tau, paths, generator=None):
 def importance_order_loss(
     denoiser, policy, posterior, tokens, canvas, budget, tau, paths, generator=None
 ):
-    """`order_loss` with less variance: f_0 exactly, plus f_s / P(s), from B (K + 1) passes.
+    """`order_loss` with less variance: f_0 exactly, plus f_s / P(s), from B (K + 1) passes (T > 1).
 
     All paths of a problem begin with the full canvas, so f_0 takes one pass and is exact. One later
     step s is drawn by `draw_step`. Arguments, result and errors as for `order_loss`.
@@ -716,7 +723,7 @@ def importance_order_loss(
     check_positive(budget=budget, tau=tau, paths=paths)
     log_alpha, length = posterior(tokens, canvas), canvas.sum(1)
     log_rho = reveal_log_prob(log_alpha, canvas, tau)
-    last = torch.full_like(length, budget == 1, dtype=torch.bool)
+    last = torch.full_like(canvas[:, 0], budget == 1)
     token_term, kl = step_bound(denoiser, policy, tokens, canvas, log_rho, last)
     value, kl = token_term - kl, kl.detach()
     if budget > 1:
@@ -733,8 +740,8 @@ def parameter_groups(denoiser, policy, posterior, lr=1e-3, policy_lr=3e-3, poste
 
     "params" are pairs (name, parameter), as torch's optimisers take them. A network that is None,
     frozen or no nn.Module has no group. "warm_up" is the share of the steps in which the rate
-    rises. It is long for a posterior that is trained beside a policy: an order that the policy does
-    not know yet costs KL, for which a posterior at its full rate would give up a searched order.
+    rises. It is long for a posterior beside a policy: a new policy makes a searched order look bad
+    (high KL), and at its full rate the posterior would leave it before the policy has learned it.
     """
     groups = []
     for name, network, peak, share in (
@@ -751,7 +758,7 @@ def parameter_groups(denoiser, policy, posterior, lr=1e-3, policy_lr=3e-3, poste
 
 
 def update(optimizers, step, steps):
-    """Clip, set the rates, step and clear the gradients, after backward(), at `step` of `steps`.
+    """After backward(), at `step` 0 .. steps - 1: clip, set the rates, step, clear the gradients.
 
     The optimizers' groups are from `parameter_groups`. Each network's gradient is clipped to norm 1
     by itself: the posterior's is now and then by far the largest, and clipped together it would

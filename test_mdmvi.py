@@ -2107,6 +2107,20 @@ def test_a_start_without_a_baseline_trains_one(trained, tmp_path):
     assert {row["stage"] for row in logged(tmp_path / "c")} == {"order"}
 
 
+def test_a_start_from_a_run_of_stage_1_alone(trained, tmp_path):
+    """Its checkpoint.pt is "done"; what comes next is the baseline, as after any stage 1."""
+    frozen = [*flags(trained), "--order-lr", 0]
+    assert call(train, *frozen, "--out", tmp_path / "frozen") == 0  # plain.pt without a baseline
+    for name, start in (
+        ("a", tmp_path / "frozen/plain.pt"),
+        ("b", trained / "stage_1/checkpoint.pt"),
+    ):
+        assert call(train, *flags(trained), "--start", start, "--out", tmp_path / name) == 0
+    assert {row["stage"] for row in logged(tmp_path / "b")} == {"baseline", "order"}
+    ours, theirs = (tmp_path / name / "checkpoint.pt" for name in "ba")
+    assert alike(ours, theirs, ("out", "start"))
+
+
 def test_another_budget_starts_from_stage_1(trained, tmp_path):
     start = ["--start", trained / "out" / "plain.pt", "--out"]
     assert call(train, *flags(trained), "--budget", 3, *start, tmp_path / "a") == 0
@@ -2215,7 +2229,7 @@ LOSS_NAMES = ("mdm_loss", "cut_loss", "importance_order_loss", "order_loss")
     [
         ("", [6] * 11, [32] * 3, [2] * 5, []),
         ("--search 0", [6] * 5, [], [2] * 5, []),
-        ("--budget 1", [6] * 5, [], [2] * 5, []),
+        ("--budget 1", [2] * 5, [], [2] * 5, []),
         ("--orders paper", [4] * 5, [], [], [2] * 5),
         ("--orders spread", [4] * 9, [], [2] * 5, []),
         ("--orders spread --search 0", [4] * 5, [], [2] * 5, []),

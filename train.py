@@ -49,7 +49,7 @@ MIDDLE = (0.2, 0.7)  # mask rates: below, a sum can be copied; above, its number
 SEARCH_STEPS, SEARCH_BATCH = 200, 32  # the posterior's training on the runs that were searched
 TIMETABLE_PASSES = 400  # of the search for a timetable, on each of its problems
 HELD_OUT = 256  # problems kept from training on a file; the closing bounds are taken on so many
-SAVE_EVERY = 300  # seconds: a checkpoint of 170M parameters may take five
+SAVE_EVERY = 300  # seconds between saves; one of 170M parameters may take five
 MAY_DIFFER = {"out", "resume", "start", "device", "compile", "problems"}  # when a run goes on
 MUST_MATCH = ("answers", "size", "init", "max_len", "canvas_len")  # the run of --start
 
@@ -64,7 +64,7 @@ class Args:
     out: str = "out"  # folder for checkpoint.pt, plain.pt, log.jsonl and results.json
     resume: bool = False  # go on from OUT/checkpoint.pt
     start: str = None  # plain.pt of another run: stage 1 and baseline, as that run's flags had it
-    seed: whole = 0  # seed of the weights and of every draw
+    seed: whole = 0  # of the weights and of every draw in training, not of the problems
     size: Literal[tuple(SIZES)] = "mini"  # shape of the model
     init: str = None  # start from smdm-170m, or a folder with SMDM .safetensors and tokenizer.json
     max_len: positive = 52  # tokens in prompt and canvas together (256 for GSM8K)
@@ -81,8 +81,8 @@ class Args:
     search: whole = 512  # stage 2: problems to search the first orders on (paper: always 0)
     budget: positive = 5  # stage 2: steps of generation, T
     tau: amount = 0.1  # stage 2: temperature of the posterior
-    orders: Literal["runs", "spread", "paper"] = "runs"  # stage 2 (paper: its loss as well)
-    optimizer: Literal["muon", "adamw"] = "muon"  # muon: for matrices of the trunks, AdamW the rest
+    orders: Literal["runs", "spread", "paper"] = "runs"  # stage 2 (README; paper: its loss as well)
+    optimizer: Literal["muon", "adamw"] = "muon"  # muon: for the trunks' matrices; AdamW the rest
     accumulate: positive = 1  # split each step into so many micro-batches
     problems: whole = 500  # held-out problems in the closing table (of a file up to 256); 0: none
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cpu, cuda, cuda:1, ...
@@ -171,13 +171,13 @@ class Run:
             raise UserError(f"cannot write {path} ({reason}): make room, or give another --out")
 
     def load(self, path, same):
-        """Go on from a checkpoint. Raises UserError where the flags `same` or its text differ."""
+        """Go on from a checkpoint. Raises UserError where a flag of `same` or its text differs."""
         state, tokenizer, models = eval_gsm8k.load_checkpoint(path, self.device)
         for name in same:
             here, there = getattr(self.args, name), state["args"].get(name)
             if there != here:
                 flag = "--" + name.replace("_", "-")
-                raise UserError(f"{path} has {flag} {there}, not {here}: give its or another --out")
+                raise UserError(f"{path} has {flag} {there}, not {here}: give its {flag}")
         if tokenizer.pieces != self.tokenizer.pieces:
             raise UserError(f"{path} has another vocabulary: give the --data it was trained with")
         self.denoiser, self.policy, self.posterior, self.plain = models
@@ -234,7 +234,8 @@ def stage_groups(run, stage):
         return mdmvi.parameter_groups(run.denoiser, None, None, args.lr), args.steps, args.batch
     if stage == "baseline":
         # As many passes as stage 2 takes. Those of its search have no gradient: three count as one
-        n = args.order_batch * (args.paths + (args.orders != "paper"))
+        later = args.paths if args.budget > 1 else 0  # beside f_0, of importance_order_loss
+        n = args.order_batch * (args.paths if args.orders == "paper" else 1 + later)
         passes = args.canvas_len if args.orders == "runs" else TIMETABLE_PASSES
         searched = math.ceil(args.search * passes / 3 / n) if args.budget > 1 else 0
         groups = mdmvi.parameter_groups(run.plain, None, None, args.order_lr)
@@ -446,8 +447,9 @@ def main(argv=None):
         run.load(out / "checkpoint.pt", [name for name in asdict(args) if name not in MAY_DIFFER])
     elif args.start:
         run.load(args.start, MUST_MATCH)
-        if (run.stage, run.step) != ("order", 0):
+        if run.policy is not None or run.stage not in ("order", "done"):
             raise UserError(f"{args.start} is no plain.pt: give the file as it was before stage 2")
+        run.stage, run.step = "order", 0  # or it was a run of stage 1 alone, which is done
         run.generator.manual_seed(args.seed)
         run.logged = 0
         if run.plain is None and args.order_lr > 0:  # a run with a frozen denoiser had no baseline
@@ -455,9 +457,9 @@ def main(argv=None):
         run.save(out / "checkpoint.pt")
     train(run, data)
     models = eval_gsm8k.Models(run.denoiser, run.policy, run.posterior, run.plain)
-    solved = encode_on_device(run, held_out[:HELD_OUT])
-    if len(solved[0]) > 0:
-        bounds.print_bounds(models, asdict(args), *solved, args.budget, seed=args.seed)
+    known = encode_on_device(run, held_out[:HELD_OUT])
+    if len(known[0]) > 0:
+        bounds.print_bounds(models, asdict(args), *known, args.budget, seed=args.seed)
     if args.problems:
         scored = (held_out[: args.problems], run.tokenizer, models, [args.budget])
         eval_gsm8k.print_scores(*scored, json_file=out / "results.json")

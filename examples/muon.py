@@ -12,7 +12,7 @@ import torch
 
 
 def orthogonalised(matrices):
-    """Newton-Schulz iteration of Muon on a stack of matrices [n, rows, columns], together."""
+    """Newton-Schulz iteration on a stack of matrices [n, rows, columns]: singular values near 1."""
     x = matrices / (matrices.flatten(1).norm(dim=1)[:, None, None] + 1e-7)
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
@@ -24,7 +24,7 @@ def orthogonalised(matrices):
 
 
 class Muon(torch.optim.Optimizer):
-    """groups: as torch's optimisers take them, of matrices only.
+    """groups: as torch's optimisers take them, with "lr", of matrices that all have gradients.
 
     An update has the size of AdamW's, so that one learning rate serves both (Liu et al., arXiv
     2502.16982).
@@ -56,18 +56,17 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(groups, name):
-    """[AdamW], or with Muon for the matrices of the trunks' blocks [AdamW for the rest, Muon].
+    """A list of optimisers for the groups of `mdmvi.parameter_groups`.
 
-    groups: as `mdmvi.parameter_groups` makes them; name: "adamw" or "muon".
+    name "adamw": AdamW alone; "muon": AdamW, and Muon for the matrices in the trunks' blocks.
     """
-    rest, matrices = [], []
-    for group in groups:
-        in_block = [
-            name == "muon" and p.dim() == 2 and "blocks." in key for key, p in group["params"]
-        ]
-        pairs = list(zip(group["params"], in_block))
-        rest.append({**group, "params": [named for named, is_in in pairs if not is_in]})
-        matrices.append({**group, "params": [named for named, is_in in pairs if is_in]})
+
+    def for_muon(named):
+        key, p = named
+        return name == "muon" and p.dim() == 2 and "blocks." in key
+
+    rest = [{**g, "params": [x for x in g["params"] if not for_muon(x)]} for g in groups]
+    matrices = [{**g, "params": [x for x in g["params"] if for_muon(x)]} for g in groups]
+    matrices = [g for g in matrices if g["params"]]
     adamw = torch.optim.AdamW(rest, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    matrices = [group for group in matrices if group["params"]]
     return [adamw, Muon(matrices)] if matrices else [adamw]

@@ -14,6 +14,7 @@ from examples.gsm8k import read_records
 from mdmvi import STRATEGIES
 
 LABELS = {"answered": "right answers, %", "solved": "right solutions, %"}
+SIDES = ((-7, -3, "right"), (0, -15, "center"), (0, 9, "center"))  # of a dot, for its label
 NUMBERS = ("average_steps", "budget", "answered", "solved")
 
 
@@ -72,22 +73,6 @@ def points(rows, name, key):
     return sorted(best.items())
 
 
-def close_dots(rows, key):
-    """The learned orders' (budgets, dots), those together that would hide each other's label."""
-    groups = []
-    learned = [row for row in rows if row["method"] == "learned"]
-    for row in sorted(learned, key=lambda row: row["budget"]):
-        steps, percent = row["average_steps"], 100 * row[key]
-        for budgets, dots in groups:
-            if abs(steps / dots[0][0] - 1) < 0.2 and abs(percent - dots[0][1]) < 5:
-                budgets.append(row["budget"])
-                dots.append((steps, percent))
-                break
-        else:
-            groups.append(([row["budget"]], [(steps, percent)]))
-    return groups
-
-
 def draw(rows, path, title=""):
     """Right answers, or whole solutions, against steps: learned orders are dots, rules lines.
 
@@ -95,11 +80,15 @@ def draw(rows, path, title=""):
     """
     plt, key = pyplot(), measure(rows)
     figure, axes = plt.subplots(figsize=(7.5, 4.5))
-    for i, (budgets, dots) in enumerate(close_dots(rows, key)):
+    learned = [row for row in rows if row["method"] == "learned"]
+    for i, row in enumerate(sorted(learned, key=lambda row: row["average_steps"])):
+        dot = (row["average_steps"], 100 * row[key])
         hollow = {"markersize": 8, "markerfacecolor": "none", "markeredgewidth": 2, "zorder": 3}
-        axes.plot(*zip(*dots), "ko", label=None if i else "learned", **hollow)
-        beside = {"textcoords": "offset points", "xytext": (-7, -3), "ha": "right", "fontsize": 7}
-        axes.annotate(f"T={', '.join(map(str, budgets))}", dots[0], **beside)
+        axes.plot(*dot, "ko", label=None if i else "learned, budget T", **hollow)
+        right, up, align = SIDES[i % len(SIDES)]  # neighbours must not hide each other's
+        beside = {"textcoords": "offset points", "xytext": (right, up), "ha": align, "zorder": 4}
+        white = {"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8}
+        axes.annotate(f"T={row['budget']}", dot, fontsize=7, bbox=white, **beside)
     fixed = [row for row in rows if row["method"] != "learned"]
     fixed = [row for row in fixed if row["match"] == "sweep"] or fixed
     for name in dict.fromkeys(row["method"] for row in fixed):
@@ -107,7 +96,8 @@ def draw(rows, path, title=""):
         style = {"linestyle": "--" if eos else "-", "marker": "x" if eos else "."}
         style["color"] = f"C{STRATEGIES.index(rule)}" if rule in STRATEGIES else "grey"
         axes.plot(*zip(*points(fixed, name, key)), label=name, **style)
-    axes.set(xlabel="average steps (forward passes)", ylabel=LABELS[key], xscale="log", title=title)
+    labels = {"xlabel": "average steps (forward passes), log scale", "ylabel": LABELS[key]}
+    axes.set(xscale="log", title=title, **labels)
     axes.set_xticks(sorted({row["budget"] for row in rows}))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.minorticks_off()

@@ -53,7 +53,7 @@ def hub_file(repository, name):
         from huggingface_hub import hf_hub_download
 
         return hf_hub_download(repository, name)
-    except Exception as error:  # noqa: BLE001 (many kinds, all of which mean: not to be had)
+    except Exception as error:  # many kinds, all of which mean: not to be had
         why = type(error).__name__
         raise UserError(f"cannot get {name} of {repository} ({why}): go online or give a file")
 

@@ -301,7 +301,6 @@ def train_policy(denoiser, policy, data, budget, generator):
 # Scoring
 # --------------------------------------------------------------------------------------------------
 
-RULES = [strategy for strategy in mdmvi.STRATEGIES if strategy != "learned"]
 CELL_BY_CELL = ("random", "top_prob", "top_prob_margin")  # compared by Kim et al., one cell a step
 
 
@@ -342,8 +341,8 @@ def score(denoiser, policy, puzzles, blank, budget, seed):
 
     add("learned", "", ours, taken)
     average = math.ceil(rows[0]["average_steps"] - 1e-9)
-    plan = [(rule, "@Avg", average) for rule in RULES]
-    plan += [(rule, "@Max", max(taken)) for rule in RULES]
+    plan = [(rule, "@Avg", average) for rule in mdmvi.RULES]
+    plan += [(rule, "@Max", max(taken)) for rule in mdmvi.RULES]
     plan += [(rule, "one a step", int(blank[1].sum(1).max())) for rule in CELL_BY_CELL]
     for rule, match, steps in tqdm(plan, desc="scoring", unit="rule"):
         solved, used = attempt(denoiser, None, puzzles, blank, rule, steps, seed)

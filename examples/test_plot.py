@@ -76,7 +76,7 @@ def test_picture(files):
         assert call("rows.json", "--out", name) == 0
         assert (files / name).read_bytes().startswith(start)
     drawn = (files / "order.svg").read_text()
-    names = ("learned", "iid", "threshold+eos", "T=5", "T=9")
+    names = ("learned, budget T", "iid", "threshold+eos", "T=5", "T=9")
     assert all(f"<!-- {name} -->" in drawn for name in names)
 
 
@@ -93,15 +93,18 @@ def test_lines_are_of_the_sweep(files, monkeypatch):
     assert drawn == [ROWS[2:3]]
 
 
-def test_dots_that_would_hide_a_label_share_one():
-    shares = ((9, 4.1, 0.97), (5, 4.0, 0.95), (3, 3.0, 0.94), (20, 4.0, 0.8), (2, 2.0, 0.5))
-    names = ("budget", "average_steps", "answered")
-    rows = [{"method": "learned", **dict(zip(names, values))} for values in shares]
-    rows.append({"method": "iid", "budget": 5, "average_steps": 4.0, "answered": 0.95})
-    groups = plot.close_dots(rows, "answered")
-    assert [budgets for budgets, _ in groups] == [[2], [3], [5, 9], [20]]
-    assert [dots[0] for _, dots in groups] == [(2, 50), (3, 94), (4, 95), (4, 80)]
-    assert groups[2][1][1] == (4.1, 97)
+def test_every_dot_has_its_label(files):
+    """On another side than the dot before it, in the order of their steps."""
+    plt = pytest.importorskip("matplotlib.pyplot", reason="matplotlib is not installed")
+    close = [row("learned", "", T, steps, 0.97) for T, steps in ((9, 4.1), (5, 4.0), (2, 2.0))]
+    plot.draw([*close, *ROWS[3:]], files / "a.svg")
+    texts = plt.gcf().axes[0].texts
+    assert [(text.get_text(), text.xy) for text in texts] == [
+        ("T=2", (2.0, 97.0)),
+        ("T=5", (4.0, 97.0)),
+        ("T=9", (4.1, 97.0)),
+    ]
+    assert len({text.get_position() for text in texts}) == 3
 
 
 def test_points_are_of_the_best_model():

@@ -253,7 +253,7 @@ def test_end_to_end(small, box, tmp_path, capsys):
     rows = json.loads(files[2].read_text())
     assert [(row["method"], row["match"]) for row in rows] == [
         ("learned", ""),
-        *((rule, match) for match in ("@Avg", "@Max") for rule in sudoku.RULES),
+        *((rule, match) for match in ("@Avg", "@Max") for rule in mdmvi.RULES),
         *((rule, "one a step") for rule in ("random", "top_prob", "top_prob_margin")),
     ]
     ours, by_name = rows[0], {(row["method"], row["match"]): row for row in rows}
@@ -266,7 +266,7 @@ def test_end_to_end(small, box, tmp_path, capsys):
     assert by_name["random", "one a step"]["average_steps"] == sum(blanks) / 20
     assert all(row["problems"] == 20 and 0 <= row["solved"] <= 1 for row in rows)
     assert "ELBO at T=4" in out and "learned order" in out and "uniform random order" in out
-    assert out.count("@Avg") == out.count("@Max") == len(sudoku.RULES)
+    assert out.count("@Avg") == out.count("@Max") == len(mdmvi.RULES)
 
 
 def test_scores_are_of_whole_grids():

@@ -484,7 +484,7 @@ def test_sudoku_end_to_end(tmp_path, capsys, monkeypatch):
     assert code == 0 and "20 held-out puzzles, T=3, 4 latent dimensions" in out
     rows = json.loads((tmp_path / "rows.json").read_text())
     keys = [(row["model"], row["rule"]) for row in rows]
-    assert keys == list(itertools.product(("plain MDM", "VMD"), vmd.RULES))
+    assert keys == list(itertools.product(("plain MDM", "VMD"), mdmvi.RULES))
     assert all(0 <= row["solved"] <= 1 and row["bound"] < 0 for row in rows)
 
 

@@ -83,7 +83,7 @@ def load_model(name, mask_id, canvas_len, device):
         kind = transformers.AutoModelForMaskedLM if masked else transformers.AutoModelForCausalLM
         model, info = kind.from_pretrained(name, output_loading_info=True)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # noqa: BLE001 (many kinds, all of which mean: not to be had)
+    except Exception as error:  # many kinds, all of which mean: not to be had
         why = " ".join(f"{type(error).__name__}: {error}".split())[:160]
         raise UserError(f"cannot load {name} ({why}): give the folder of a model, or go online")
     if info["missing_keys"]:

@@ -142,18 +142,16 @@ def vmd_elbo(denoiser, tokens, canvas, budget, samples, generator=None):
 # Sampling
 # ------------------------------------------------------------------------------------------------
 
-RULES = [strategy for strategy in mdmvi.STRATEGIES if strategy != "learned"]
-
 
 @torch.no_grad()
 def generate(denoiser, tokens, canvas, strategy, budget, temperature=0.0, generator=None):
     """mdmvi.generate with a latent: each row draws z ~ N(0, I) first and keeps it in all its steps.
 
-    strategy: one of RULES. Finished rows stay in the batch, so that rows and z go together. Returns
-    an mdmvi.Generation. Raises ValueError on another strategy or a budget below 1.
+    strategy: of mdmvi.RULES. Finished rows stay in the batch, so that rows and z go together.
+    Returns an mdmvi.Generation. Raises ValueError on another strategy or a budget below 1.
     """
-    if strategy not in RULES:
-        raise ValueError(f"unknown strategy {strategy!r}: choose from {', '.join(RULES)}")
+    if strategy not in mdmvi.RULES:
+        raise ValueError(f"unknown strategy {strategy!r}: choose from {', '.join(mdmvi.RULES)}")
     mdmvi.check_positive(budget=budget)
     z = torch.randn(len(tokens), denoiser.latent_dim, device=tokens.device, generator=generator)
     tokens = tokens.masked_fill(canvas, denoiser.mask_id)
@@ -325,7 +323,7 @@ def run_sudoku(recipe, seed, device):
 
         denoiser = train_denoiser(method, recipe, vocab_size, length, draw, seed, device, "sudoku")
         bound = mean_bound(method, denoiser, *test, budget, seed)
-        for rule in RULES:
+        for rule in mdmvi.RULES:
             generator = torch.Generator(device).manual_seed(seed)
             out = method.generate(denoiser, *blank, rule, budget, generator=generator)
             texts = [sudoku.grid_text(row.tolist()) for row in out.tokens]
@@ -337,7 +335,7 @@ def run_sudoku(recipe, seed, device):
 
 def print_sudoku(rows, recipe):
     lines = [("rule", PLAIN.name, VMD.name)]
-    for rule in RULES:
+    for rule in mdmvi.RULES:
         shares = []
         for method in (PLAIN, VMD):
             row = next(r for r in rows if (r["rule"], r["model"]) == (rule, method.name))

@@ -14,7 +14,7 @@ from examples.gsm8k import read_records
 from mdmvi import STRATEGIES
 
 LABELS = {"answered": "right answers, %", "solved": "right solutions, %"}
-SIDES = ((-7, -3, "right"), (0, -15, "center"), (0, 9, "center"))  # of a dot, for its label
+SIDES = ((-5, 6, "right"), (5, -12, "left"))  # of a dot, for its label: neighbours' do not meet
 NUMBERS = ("average_steps", "budget", "answered", "solved")
 
 
@@ -84,11 +84,10 @@ def draw(rows, path, title=""):
     for i, row in enumerate(sorted(learned, key=lambda row: row["average_steps"])):
         dot = (row["average_steps"], 100 * row[key])
         hollow = {"markersize": 8, "markerfacecolor": "none", "markeredgewidth": 2, "zorder": 3}
-        axes.plot(*dot, "ko", label=None if i else "learned, budget T", **hollow)
-        right, up, align = SIDES[i % len(SIDES)]  # neighbours must not hide each other's
+        axes.plot(*dot, "ko", label=None if i else "learned, with its T", **hollow)
+        right, up, align = SIDES[i % 2]
         beside = {"textcoords": "offset points", "xytext": (right, up), "ha": align, "zorder": 4}
-        white = {"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8}
-        axes.annotate(f"T={row['budget']}", dot, fontsize=7, bbox=white, **beside)
+        axes.annotate(str(row["budget"]), dot, fontsize=8, fontweight="bold", **beside)
     fixed = [row for row in rows if row["method"] != "learned"]
     fixed = [row for row in fixed if row["match"] == "sweep"] or fixed
     for name in dict.fromkeys(row["method"] for row in fixed):
@@ -97,7 +96,7 @@ def draw(rows, path, title=""):
         style["color"] = f"C{STRATEGIES.index(rule)}" if rule in STRATEGIES else "grey"
         axes.plot(*zip(*points(fixed, name, key)), label=name, **style)
     labels = {"xlabel": "average steps (forward passes), log scale", "ylabel": LABELS[key]}
-    axes.set(xscale="log", title=title, **labels)
+    axes.set(xscale="log", title=title, ymargin=0.08, **labels)
     axes.set_xticks(sorted({row["budget"] for row in rows}))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.minorticks_off()

@@ -28,10 +28,10 @@ from examples.arithmetic import TASKS
 from examples.command_line import (
     Parser,
     UserError,
+    add_device,
     aligned,
     positive,
     run_main,
-    use_device,
     whole,
     writable,
 )
@@ -352,7 +352,6 @@ def pick_problems(checkpoint, data, n):
 def main(argv=None):
     parser = Parser(__doc__)
     add = parser.add_argument
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--checkpoint", default="out/checkpoint.pt", help="what train.py wrote")
     add("--data", help=".json/.jsonl(.gz/.xz) file, folder or hub name (default: embedded ones)")
     add("--budget", type=positive, nargs="+", help="budgets T (default: the one trained for)")
@@ -362,10 +361,9 @@ def main(argv=None):
     add("--problems", type=positive, help="how many (default: 2000 embedded ones, or the file)")
     add("--batch", type=positive, default=128, help="problems generated together")
     add("--seed", type=whole, default=0, help="seed of the draws")
-    add("--device", default=device, help="cpu, cuda, cuda:1, ...")
+    add_device(parser)
     add("--json", type=writable, metavar="FILE", help="write the rows as JSON")
     args = parser.parse_args(argv)
-    use_device(args.device)
     checkpoint, tokenizer, models = load_checkpoint(args.checkpoint, args.device)
     problems = pick_problems(checkpoint, args.data, args.problems)
     data = (problems, tokenizer, models, args.budget or [checkpoint["args"]["budget"]])

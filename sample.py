@@ -17,10 +17,10 @@ import mdmvi
 from examples.command_line import (
     Parser,
     UserError,
+    add_device,
     amount,
     positive,
     run_main,
-    use_device,
     whole,
     writable,
 )
@@ -110,7 +110,6 @@ def page(prompt, results, tokenizer):
 def read_args(argv):
     parser = Parser(__doc__)
     add = parser.add_argument
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     add("prompt", nargs="?", help="the problem (default: read from standard input)")
     add("--checkpoint", default="out/checkpoint.pt", help="what train.py wrote")
     rules = ["learned", *eval_gsm8k.RULES]
@@ -118,10 +117,9 @@ def read_args(argv):
     add("--budget", type=positive, help="steps (default: the budget it was trained for)")
     add("--temperature", type=amount, default=0.0, help="0: the most likely token")
     add("--seed", type=whole, default=0, help="seed of the draws")
-    add("--device", default=device, help="cpu, cuda, cuda:1, ...")
+    add_device(parser)
     add("--html", type=writable, metavar="FILE", help="write a page that shows the order")
     args = parser.parse_args(argv)
-    use_device(args.device)
     return args
 
 

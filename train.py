@@ -32,7 +32,16 @@ from tqdm import tqdm
 import eval_gsm8k
 import mdmvi
 from examples import bounds, gsm8k, smdm, spread
-from examples.command_line import Parser, UserError, amount, positive, run_main, use_device, whole
+from examples.command_line import (
+    DEVICE,
+    Parser,
+    UserError,
+    amount,
+    positive,
+    run_main,
+    usable_device,
+    whole,
+)
 from examples.muon import make_optimizers
 
 #           layers, heads, width, hidden
@@ -85,7 +94,7 @@ class Args:
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: for the trunks' matrices; AdamW the rest
     accumulate: positive = 1  # split each step into so many micro-batches
     problems: whole = 500  # held-out problems in the closing table (of a file up to 256); 0: none
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cpu, cuda, cuda:1, ...
+    device: usable_device = DEVICE  # cpu, cuda, cuda:1, ...
     compile: bool = torch.cuda.is_available()  # torch.compile passes, bound and posterior
 
 
@@ -115,7 +124,6 @@ def parse_args(argv=None):
             raise UserError("--orders spread trains the denoiser only: --order-lr must be above 0")
     if args.middle > 1:
         raise UserError(f"--middle {args.middle} is above 1, the whole of stage 1")
-    use_device(args.device)
     return args
 
 

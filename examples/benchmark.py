@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mdmvi
 import train
-from examples.command_line import Parser, UserError, aligned, positive, run_main, use_device
+from examples.command_line import Parser, UserError, add_device, aligned, positive, run_main
 from examples.muon import make_optimizers
 
 # Dense bf16 products with fp32 sums, FLOP/s, by a part of the GPU's name; the first that fits.
@@ -57,7 +57,7 @@ def parse_args(argv=None):
     add("--vocab", type=positive, help="tokens in the vocabulary (314)")
     add("--budget", type=positive, default=5, help="steps of generation")
     add("--accumulate", type=positive, help="micro-batches of a step (1; --paper: 8)")
-    add("--device", default="cuda" if gpu else "cpu", help="cpu, cuda, cuda:1, ...")
+    add_device(parser)
     add("--compile", action=BooleanOptionalAction, default=gpu, help="torch.compile the steps")
     add("--repeats", type=positive, default=5, help="the best of so many is printed")
     add("--against-plain", action="store_true", help="only a step, beside plain PyTorch")
@@ -77,7 +77,6 @@ def parse_args(argv=None):
         raise UserError(
             f"--accumulate {flags.accumulate} must divide {problems}, a step's problems"
         )
-    use_device(flags.device)
     return flags
 
 

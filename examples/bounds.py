@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import eval_gsm8k
 import mdmvi
-from examples.command_line import Parser, UserError, aligned, positive, run_main, use_device, whole
+from examples.command_line import Parser, UserError, add_device, aligned, positive, run_main, whole
 from examples.spread import canvas_place, equal_parts
 
 RULES = (*mdmvi.CONFIDENCE_RULES, "left_to_right")  # none of them draws
@@ -128,7 +128,6 @@ def print_bounds(models, trained, tokens, canvas, budget, rows=(), samples=4, ba
 
 def main(argv=None):
     parser = Parser(__doc__)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     add = parser.add_argument
     add("--checkpoint", default="out/checkpoint.pt", help="what train.py wrote")
     add("--data", help=".json/.jsonl(.gz/.xz) file, folder or hub name (default: embedded ones)")
@@ -139,9 +138,8 @@ def main(argv=None):
     add("--samples", type=positive, default=4, help="paths drawn for each problem")
     add("--batch", type=positive, default=64, help="problems scored together")
     add("--seed", type=whole, default=0, help="seed of the draws")
-    add("--device", default=device, help="cpu, cuda, cuda:1, ...")
+    add_device(parser)
     args = parser.parse_args(argv)
-    use_device(args.device)
     checkpoint, tokenizer, models = eval_gsm8k.load_checkpoint(args.checkpoint, args.device)
     problems = eval_gsm8k.pick_problems(checkpoint, args.data, args.problems)
     tokens, canvas, fits = eval_gsm8k.encode_problems(problems, tokenizer, models.denoiser.config)

@@ -46,8 +46,11 @@ def at_least(least, kind=int):
 positive, whole, amount = at_least(1), at_least(0), at_least(0, float)
 
 
-def use_device(name):
-    """Raise UserError if there is no such device; on CUDA, let fp32 products use TF32."""
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def usable_device(name):
+    """argparse type: the name of a device that is there; on CUDA, fp32 products may use TF32."""
     try:
         kind = torch.empty(0, device=name).device.type
     except (RuntimeError, AssertionError, ImportError):
@@ -57,6 +60,13 @@ def use_device(name):
     if kind == "cuda":
         torch.cuda.set_device(torch.device(name).index or 0)
         torch.set_float32_matmul_precision("high")
+    return name
+
+
+def add_device(parser):
+    """The flag --device, by default a GPU if there is one."""
+    help = "cpu, cuda, cuda:1, ..."
+    parser.add_argument("--device", type=usable_device, default=DEVICE, help=help)
 
 
 def writable(path):

@@ -26,7 +26,15 @@ from tqdm import tqdm
 import mdmvi
 import train
 from eval_gsm8k import mcnemar, p_text, wilson
-from examples.command_line import Parser, UserError, aligned, positive, run_main, use_device
+from examples.command_line import (
+    Parser,
+    UserError,
+    add_device,
+    aligned,
+    positive,
+    run_main,
+    writable,
+)
 from examples.muon import make_optimizers
 
 # --------------------------------------------------------------------------------------------------
@@ -382,17 +390,14 @@ def parse_args(argv=None):
     add("--problems", type=positive, default=500, help="held-out puzzles that are scored")
     add("--seed", type=int, default=0, help="seed of the puzzles, the weights and every draw")
     gpu = torch.cuda.is_available()
-    add("--device", default="cuda" if gpu else "cpu", help="cpu, cuda, cuda:1, ...")
+    add_device(parser)
     add("--compile", action=BooleanOptionalAction, default=gpu, help="torch.compile the denoiser")
-    add("--json", metavar="FILE", help="write the rows of the table as JSON")
+    add("--json", type=writable, metavar="FILE", help="write the rows of the table as JSON")
     args = parser.parse_args(argv)
     if args.budget == 1:
         raise UserError("--budget is 1: with one step there is no order, give 2 or more")
     if not 0 <= args.seed < 2**62:
         raise UserError(f"--seed is {args.seed}: it must be at least 0, and below 2^62")
-    if args.json and (Path(args.json).is_dir() or not Path(args.json).absolute().parent.is_dir()):
-        raise UserError(f"--json {args.json} is no file in a folder that is there: give another")
-    use_device(args.device)
     return args
 
 

@@ -317,7 +317,7 @@ def test_the_policy_learns_the_search(small):
         ("--size huge", "huge"),
         ("--seed -1", "--seed"),
         ("--json missing/rows.json", "missing"),
-        ("--json .", "--json"),
+        ("--json .", "cannot write ."),
         ("--device nowhere", "nowhere"),
         ("--task sudoku", "--task"),
     ],

@@ -17,7 +17,7 @@ from torch import nn
 from tqdm import tqdm
 
 import mdmvi
-from examples.command_line import Parser, UserError, positive, run_main, use_device
+from examples.command_line import Parser, UserError, add_device, positive, run_main
 from examples.gsm8k import read_records
 
 BOTH_WAYS = {"is_causal": False, "use_cache": False}  # BERT-like models attend so anyway
@@ -230,7 +230,6 @@ def print_generations(denoiser, policy, tokenizer, tokens, canvas, budget, block
 def parse_args(argv):
     parser = Parser(__doc__)
     add = parser.add_argument
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--model", required=True, help="folder of a model and its tokenizer, or hub name")
     add("--data", required=True, help=".json/.jsonl(.gz/.xz) file of questions and answers")
     add("--mask-id", type=int, help="the token that stands for MASK (default: the model tells)")
@@ -239,9 +238,8 @@ def parse_args(argv):
     add("--block-len", type=positive, default=16, help="tokens in a block, when decoding in blocks")
     add("--steps", type=positive, default=1000, help="training steps")
     add("--seed", type=int, default=0, help="seed of the weights and of every draw")
-    add("--device", default=device, help="cpu, cuda, cuda:1, ...")
+    add_device(parser)
     args = parser.parse_args(argv)
-    use_device(args.device)
     return args
 
 

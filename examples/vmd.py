@@ -25,7 +25,15 @@ import mdmvi
 import train
 from eval_gsm8k import wilson
 from examples import sudoku
-from examples.command_line import Parser, UserError, aligned, positive, run_main, use_device
+from examples.command_line import (
+    Parser,
+    UserError,
+    add_device,
+    aligned,
+    positive,
+    run_main,
+    writable,
+)
 
 # ------------------------------------------------------------------------------------------------
 # Model
@@ -357,7 +365,6 @@ def print_sudoku(rows, recipe):
 def parse_args(argv=None):
     """(args, recipe) from the command line; raises UserError for what is out of range."""
     parser = Parser(__doc__)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     pairs, grids = RECIPES["pairs"], RECIPES["sudoku"]
 
     def add(name, text, **options):
@@ -373,16 +380,13 @@ def parse_args(argv=None):
     add_number("budget", "steps of generation, T")
     add_number("steps", "training steps of each model")
     add("--seed", "seed of the weights and of every draw", type=int, default=0)
-    add("--device", "cpu, cuda, cuda:1, ...", default=device)
-    add("--json", "write the rows of the table as JSON", metavar="FILE")
+    add_device(parser)
+    add("--json", "write the rows of the table as JSON", type=writable, metavar="FILE")
     args = parser.parse_args(argv)
     if args.data and args.sudoku:
         raise UserError("--data names pairs, --sudoku is without: give one of the two")
     if not 0 <= args.seed < 2**62:
         raise UserError(f"--seed is {args.seed}: it must be at least 0, and below 2^62")
-    if args.json and not Path(args.json).absolute().parent.is_dir():
-        raise UserError(f"--json {args.json} is in a folder that is not there: make it first")
-    use_device(args.device)
     recipe = dict(grids if args.sudoku else pairs)
     given = {name: getattr(args, name) for name in ("latent_dim", "budget", "steps")}
     recipe.update({name: value for name, value in given.items() if value is not None})

@@ -2386,8 +2386,8 @@ def few_problems(monkeypatch):
     """Training sets of the embedded task with 300 problems instead of 60,000."""
     draw = arithmetic.shopping
 
-    def few(n, seed, held_out):
-        return draw({60_000: 300, 256: 20}.get(n, n), seed, held_out)
+    def few(n, *args, **kwargs):
+        return draw({60_000: 300, 256: 20}.get(n, n), *args, **kwargs)
 
     monkeypatch.setitem(eval_gsm8k.TASKS, "shopping", few)
 

@@ -22,7 +22,7 @@ device, or None for the global one. Log-probabilities are in nats.
 
 A denoiser is any object with `denoiser(tokens)` -> hidden [B, N, D], `denoiser.logits(hidden)`
 for hidden [M, D] -> [M, V], -inf for MASK, and the attributes `mask_id` and (for eos_aware rules)
-`eos_id`. An optional `canvas_len` is the most places a canvas has: on a GPU a larger canvas makes
+`eos_id`. An optional `canvas_len` is the most places a canvas has: on a GPU a larger one can make
 the bounds nan.
 A policy maps (hidden, masked) -> pi_logits [B, N]. A posterior maps (tokens, canvas) -> log_alpha
 [B, N]; only its differences matter.

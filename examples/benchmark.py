@@ -41,7 +41,8 @@ PEAKS = {
 DEFAULT = {"size": "mini", "batch": 64, "max_len": 52, "canvas_len": 27, "vocab": 314}
 PAPER = {"size": "170m", "batch": 256, "max_len": 256, "canvas_len": 96, "vocab": 32_000}
 STAGES = ("plain", "order")
-PATHS = 3  # paths a problem: four passes, as a step of stage 2 takes them
+PASSES = 4  # a problem, in a step of stage 2
+ORDERS = {"runs": PASSES - 1, "paper": PASSES}  # paths a problem: runs take f_0 beside them
 
 
 def parse_args(argv=None):
@@ -56,6 +57,7 @@ def parse_args(argv=None):
     add("--canvas-len", type=positive, help="tokens of it in the canvas (27)")
     add("--vocab", type=positive, help="tokens in the vocabulary (314)")
     add("--budget", type=positive, default=5, help="steps of generation")
+    add("--orders", choices=ORDERS, default="runs", help="as in train.py; paper: its loss as well")
     add("--accumulate", type=positive, help="micro-batches of a step (1; --paper: 8)")
     add_device(parser)
     add("--compile", action=BooleanOptionalAction, default=gpu, help="torch.compile the steps")
@@ -68,9 +70,9 @@ def parse_args(argv=None):
             setattr(flags, name, value)
     if flags.canvas_len >= flags.max_len:
         raise UserError(f"--canvas-len {flags.canvas_len} must be below --max-len {flags.max_len}")
-    if flags.batch % (PATHS + 1):
-        raise UserError(f"--batch {flags.batch} is no multiple of {PATHS + 1}, a problem's paths")
-    problems = flags.batch // (PATHS + 1)
+    if flags.batch % PASSES:
+        raise UserError(f"--batch {flags.batch} is no multiple of {PASSES}, a problem's passes")
+    problems = flags.batch // PASSES
     if flags.accumulate is None:
         flags.accumulate = 8 if flags.paper and problems % 8 == 0 else 1
     if problems % flags.accumulate:
@@ -87,8 +89,9 @@ def make_args(flags, accumulate=None):
         max_len=flags.max_len,
         canvas_len=flags.canvas_len,
         batch=flags.batch,
-        order_batch=flags.batch // (PATHS + 1),
-        paths=PATHS,
+        order_batch=flags.batch // PASSES,
+        orders=flags.orders,
+        paths=ORDERS[flags.orders],
         budget=flags.budget,
         optimizer="adamw" if flags.paper else "muon",
         accumulate=accumulate or flags.accumulate,

@@ -37,6 +37,19 @@ def test_paper_is_one_flag_and_others_change_it():
     assert (args.batch, args.accumulate) == (16, 2)
 
 
+@pytest.mark.parametrize("orders", ["runs", "paper"])
+def test_steps_of_both_stages_pass_as_many_sequences(orders):
+    flags = benchmark.parse_args([*SMALL, "--orders", orders])
+    run, data, passed = make_run(flags), benchmark.random_data(flags, torch.device("cpu")), []
+    run.denoiser.trunk.register_forward_pre_hook(lambda _, inputs: passed.append(len(inputs[0])))
+    sums = []
+    for stage in benchmark.STAGES:
+        passed.clear()
+        benchmark.make_step(run, stage, data)()
+        sums.append(sum(passed))
+    assert sums == [flags.batch, flags.batch]
+
+
 @pytest.mark.parametrize(
     "more", [["--batch", "10"], ["--canvas-len", "24"], ["--device", "no"], ["--accumulate", "3"]]
 )

@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 import mdmvi
-from examples import spread
+from examples import runs, spread
 from examples.arithmetic import TASKS
 from examples.command_line import (
     Parser,
@@ -133,7 +133,7 @@ def make_orders(kind, config, budget):
     """A new (policy, posterior): "runs" from the left, "spread" over the text, or "paper", its own
     networks (R) with one score for each position."""
     if kind == "runs":
-        return mdmvi.RunPolicy(config), mdmvi.RunPosterior(config)
+        return runs.RunPolicy(config), runs.RunPosterior(config)
     if kind == "spread":
         posterior = spread.SpreadPosterior(config, budget)
         return spread.SpreadPolicy(config, posterior.timetable), posterior

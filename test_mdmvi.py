@@ -42,7 +42,7 @@ import eval_gsm8k
 import mdmvi
 import sample
 import train
-from examples import arithmetic, command_line, gsm8k, smdm, spread
+from examples import arithmetic, command_line, gsm8k, runs, smdm, spread
 from examples.muon import make_optimizers
 
 torch.set_num_threads(1)
@@ -112,7 +112,7 @@ def tiny_denoiser(*args, **more):
 def tiny_models(**more):
     """Denoiser, policy and posterior, none of them at its start."""
     denoiser = tiny_denoiser(**more)
-    policy, posterior = mdmvi.RunPolicy(denoiser.config), mdmvi.RunPosterior(denoiser.config)
+    policy, posterior = runs.RunPolicy(denoiser.config), runs.RunPosterior(denoiser.config)
     return denoiser, randomise(policy), randomise(posterior)
 
 
@@ -866,119 +866,6 @@ def test_the_posterior_waits_for_the_policy():
     assert rates == pytest.approx([0.005, 0.25, 0.5, 1.0, 0.1, 1.0, 1.0, 1.0])
 
 
-def test_run_posterior():
-    """log alpha falls by SPACING times the cut, sigmoid(2 score), at each place of the canvas."""
-    tokens, canvas = problems()
-    posterior = randomise(mdmvi.RunPosterior(tiny_config(n_layer=2)))
-    scores, log_alpha = posterior.scores(tokens, canvas), posterior(tokens, canvas)
-    assert scores.shape == (30, 6) and scores.std() > 0.5
-    for row in range(30):
-        level = 0.0
-        for i in range(6):
-            if canvas[row, i]:
-                level += mdmvi.RunPosterior.SPACING * torch.sigmoid(2 * scores[row, i]).item()
-            assert log_alpha[row, i].item() == pytest.approx(-level, abs=1e-5)
-
-
-def test_run_posterior_starts_from_the_denoiser():
-    model, (tokens, canvas) = tiny_denoiser(n_layer=3), problems()
-    posterior = mdmvi.RunPosterior(model.config).start_from(model)
-    theirs = model.trunk.state_dict()
-    for name, ours in posterior.trunk.state_dict().items():
-        assert torch.equal(ours, theirs[name]) and ours.data_ptr() != theirs[name].data_ptr()
-    frozen = [name for name, p in posterior.named_parameters() if not p.requires_grad]
-    assert frozen == ["trunk.wte.weight"] and model.trunk.wte.weight.requires_grad
-    assert len(posterior.trunk.blocks) == 2 and posterior(tokens, canvas).isfinite().all()
-
-
-def holed_problems():
-    """All solutions of four tokens, on canvases after a prompt or with a hole."""
-    tokens = torch.cartesian_prod(*[torch.arange(3)] * 4)
-    canvas = torch.ones_like(tokens).bool()
-    canvas[::3, 1] = False
-    canvas[::4, 0] = False
-    return tokens, canvas
-
-
-def test_run_log_prob_are_the_log_probabilities_of_runs():
-    toy, (tokens, canvas) = Toy(seed=3), holed_problems()
-    values = mdmvi.run_log_prob(toy, tokens, canvas)
-    assert values.shape == (81, 4, 5)
-    for x, on, found in zip(tokens, canvas, values):
-        positions = places(on)
-        for i in range(len(positions)):
-            log_p, _ = look(toy, x, positions[i:])
-            for j in range(i, len(positions) + 1):
-                run = sum(log_p[k, x[k]].item() for k in positions[i:j])
-                assert found[i, j].item() == pytest.approx(run, abs=1e-5)
-        assert torch.equal(found[:, len(positions) :], found[:, len(positions) :, None][:, :, 0])
-
-
-@pytest.mark.parametrize("T, optimism", [(2, 0.0), (3, 0.0), (6, 0.0), (3, 0.7), (6, 10.0)])
-def test_cut_loss_is_the_mean_over_all_cuts(T, optimism):
-    """And its gradient: every way to cut, with its probability; after T - 1 cuts no more count."""
-    toy, (tokens, canvas) = Toy(seed=3), holed_problems()
-    posterior = randomise(mdmvi.RunPosterior(tiny_config(n_layer=2)))
-    values, price = mdmvi.run_log_prob(toy, tokens, canvas), 0.7
-    cut = posterior.scores(tokens, canvas).sigmoid()
-    total = 0.0
-    for row, on in enumerate(canvas):
-        positions, mean = places(on), 0.0
-        for cuts in itertools.product((0, 1), repeat=len(positions) - 1):
-            p = math.prod(
-                cut[row, i] if c else 1 - cut[row, i] for i, c in zip(positions[1:], cuts)
-            )
-            starts = [0, *(k for k, c in enumerate(cuts, 1) if c)][:T]
-            ends = [*starts[1:], len(positions)]
-            value = sum(values[row, i, j] - price for i, j in zip(starts, ends))
-            mean = mean + p * ((optimism * value).exp() if optimism else value)
-        mean = mean.log() / optimism if optimism else mean
-        total = total - mean / len(positions) / len(canvas)
-    loss = mdmvi.cut_loss(posterior, tokens, canvas, values, T, optimism, price)
-    assert loss.item() == pytest.approx(total.item(), rel=1e-4)
-    weights = [p for p in posterior.parameters() if p.requires_grad]
-    gradients = (torch.autograd.grad(x, weights, retain_graph=True) for x in (total, loss))
-    for slow, fast in zip(*gradients):
-        assert torch.allclose(slow, fast, rtol=1e-3, atol=1e-5)
-    with pytest.raises(ValueError, match="budget is 1: with one step there is nothing to cut"):
-        mdmvi.cut_loss(posterior, tokens, canvas, values, 1)
-    with pytest.raises(ValueError, match="optimism is -1: it must not be below 0"):
-        mdmvi.cut_loss(posterior, tokens, canvas, values, 2, -1)
-
-
-def test_a_posterior_that_has_learned_the_cuts_draws_the_order():
-    """Sure of its cuts, its levels are SPACING times the steps: q gives the order at small tau."""
-    step = torch.tensor([[-1, 0, 0, 1, 2, 2, 2, 3], [-1, 0, 1, 1, 1, 1, 2, 2]]).repeat(200, 1)
-    canvas, tokens = step >= 0, torch.zeros_like(step)
-    posterior = mdmvi.RunPosterior(tiny_config())
-    posterior.scores = lambda tokens, canvas: scores
-    scores = torch.where(step > step.roll(1, 1).clamp(min=0), 20.0, -20.0)
-    log_alpha = posterior(tokens, canvas)
-    assert torch.allclose(log_alpha[canvas], -posterior.SPACING * step[canvas], atol=1e-5)
-    masked, _ = mdmvi.draw_path(log_alpha, canvas, torch.full((400,), 2), 2, 0.02, rng(0))
-    assert torch.equal(masked, step >= 2)
-
-
-def test_run_policy():
-    """pi is the product of a plain policy's pi over the masked positions, without the first."""
-    policy, hidden = randomise(mdmvi.RunPolicy(tiny_config())), torch.randn(3, 6, 8)
-    masked = torch.rand(3, 6, generator=rng(1)) < 0.6
-    seen = policy.block(hidden)  # what the others hold, too
-    u = mdmvi.UnmaskPolicy.forward(policy, seen, masked).double().sigmoid().detach()
-    pi = policy(hidden, masked).double().sigmoid()
-    for row, i in masked.nonzero().tolist():
-        before = [u[row, j].item() for j in range(i + 1) if masked[row, j]]
-        assert pi[row, i].item() == pytest.approx(math.prod(before[1:]), rel=1e-4)
-    assert (mdmvi.RunPolicy(tiny_config()).outer.bias == 3).all()
-    for bias in (-90.0, 90.0):
-        torch.nn.init.constant_(policy.outer.bias, bias)
-        logits = policy(hidden, masked)
-        gradients = torch.autograd.grad(logits[masked].sum(), list(policy.parameters()))
-        assert all(x.isfinite().all() for x in (logits[masked], *gradients))
-        first = masked & (masked.cumsum(1) == 1)
-        assert (logits[masked & ~first] * bias > 0).all() and (logits[first] > 13).all()
-
-
 # ------------------------------------------------------------------------------------------------
 # The whole program: seeds, foreign models, host synchronisation, bfloat16, torch.compile
 # ------------------------------------------------------------------------------------------------
@@ -1199,7 +1086,7 @@ def test_the_snippet_in_the_readme_improves_the_bound(tmp_path):
     config = mdmvi.ModelConfig(5, 16, 1, 2, 48, 48, mask_id=5, eos_id=0)
     torch.manual_seed(0)
     denoiser = mdmvi.Denoiser(config)
-    start = (copy.deepcopy(denoiser), mdmvi.RunPolicy(config), mdmvi.RunPosterior(config))
+    start = (copy.deepcopy(denoiser), runs.RunPolicy(config), runs.RunPosterior(config))
     names = {"config": config, "denoiser": denoiser, "batch": echoes, "steps": 60}
     ran = runpy.run_path(str(snippet), names)
     assert torch.equal(ran["out"].reveal_step >= 0, ran["canvas"])
@@ -2152,7 +2039,7 @@ def test_another_budget_starts_from_stage_1(trained, tmp_path):
 
 @pytest.mark.parametrize(
     "orders, module, search",
-    [("runs", mdmvi, "run_log_prob"), ("spread", spread, "search_timetable")],
+    [("runs", runs, "run_log_prob"), ("spread", spread, "search_timetable")],
 )
 def test_a_stop_in_the_search_after_start_can_be_resumed(
     trained, tmp_path, monkeypatch, orders, module, search
@@ -2208,16 +2095,17 @@ def test_a_table_of_stage_1_only(trained, tmp_path, capsys):
 
 
 def record(monkeypatch, *names):
-    """Count the calls of functions of mdmvi: {name: list of batch sizes}."""
+    """Count the calls of functions of mdmvi or examples/runs.py: {name: list of batch sizes}."""
     sizes = {name: [] for name in names}
     for name in names:
+        owner = mdmvi if hasattr(mdmvi, name) else runs
 
         def counted(original, batches, *args):
             batches.append(len(next(arg for arg in args if isinstance(arg, torch.Tensor))))
             return original(*args)
 
-        watched = functools.partial(counted, getattr(mdmvi, name), sizes[name])
-        monkeypatch.setattr(mdmvi, name, watched)
+        watched = functools.partial(counted, getattr(owner, name), sizes[name])
+        monkeypatch.setattr(owner, name, watched)
     return sizes
 
 
@@ -2258,9 +2146,9 @@ def test_what_is_trained_on_which_flags(
     kinds = {
         "paper": (mdmvi.UnmaskPolicy, mdmvi.OrderPosterior),
         "spread": (spread.SpreadPolicy, spread.SpreadPosterior),
+        "": (runs.RunPolicy, runs.RunPosterior),
     }
-    runs = (mdmvi.RunPolicy, mdmvi.RunPosterior)
-    expected = next((kind for name, kind in kinds.items() if name in more), runs)
+    expected = next(kind for name, kind in kinds.items() if name in more)
     assert (type(models.policy), type(models.posterior)) == expected
 
 

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 import eval_gsm8k
 import mdmvi
-from examples import bounds, gsm8k, smdm, spread
+from examples import bounds, gsm8k, runs, smdm, spread
 from examples.command_line import (
     DEVICE,
     Parser,
@@ -388,7 +388,7 @@ def search_cuts(run, tokens, canvas):
     parts = list(zip(tokens.split(64), canvas.split(64)))
     for x, on in tqdm(parts, desc="search", unit="batch", mininterval=1.0):
         with autocast(run.device):
-            values.append(mdmvi.run_log_prob(run.denoiser, x.long(), on))
+            values.append(runs.run_log_prob(run.denoiser, x.long(), on))
     values = torch.cat(values)
     groups = mdmvi.parameter_groups(None, None, run.posterior, posterior_lr=args.head_lr)
     optimizers = make_optimizers(groups, args.optimizer)
@@ -396,8 +396,8 @@ def search_cuts(run, tokens, canvas):
     for step in bar:
         x, on, value = pick((tokens, canvas, values), SEARCH_BATCH, run.generator)
         with autocast(run.device):
-            optimism = mdmvi.search_optimism(step / SEARCH_STEPS)
-            loss = mdmvi.cut_loss(run.posterior, x.long(), on, value, args.budget, optimism)
+            optimism = runs.search_optimism(step / SEARCH_STEPS)
+            loss = runs.cut_loss(run.posterior, x.long(), on, value, args.budget, optimism)
         loss.backward()
         mdmvi.update(optimizers, step, SEARCH_STEPS)
         if step % 20 == 19:

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 import eval_gsm8k
 import mdmvi
+from examples import runs
 from examples.command_line import Parser, UserError, add_device, aligned, positive, run_main, whole
 from examples.spread import canvas_place, equal_parts
 
@@ -58,7 +59,7 @@ def timetable_bound(denoiser, tokens, canvas, timetable):
 
 def best_runs(denoiser, tokens, canvas, budget):
     """log p of x_0 in its best cut into at most `budget` runs from the left, nats [B]."""
-    values = mdmvi.run_log_prob(denoiser, tokens, canvas)
+    values = runs.run_log_prob(denoiser, tokens, canvas)
     L = values.shape[1]
     values = values.masked_fill(torch.ones_like(values[0]).tril().bool(), -torch.inf)
     best = F.pad(values[:, :, L], (0, 1))  # from each place on, in one run

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import mdmvi
-from examples import transformers_model
+from examples import runs, transformers_model
 from examples.command_line import UserError
 from examples.transformers_model import TransformersDenoiser, generate_blocks
 
@@ -162,19 +162,19 @@ def test_training_finds_the_order_and_leaves_the_model_alone(trained):
 def test_orders_are_searched_and_then_the_bound_takes_over(trained, monkeypatch):
     losses = []
 
-    def spy(name, tokens_at):
-        loss = getattr(mdmvi, name)
+    def spy(module, name, tokens_at):
+        loss = getattr(module, name)
 
         def call(*args):
             losses.append((name, len(args[tokens_at])))
             return loss(*args)
 
-        monkeypatch.setattr(mdmvi, name, call)
+        monkeypatch.setattr(module, name, call)
 
     monkeypatch.setattr(transformers_model, "SEARCH_STEPS", 2)
-    spy("run_log_prob", 1)
-    spy("cut_loss", 1)
-    spy("importance_order_loss", 3)
+    spy(runs, "run_log_prob", 1)
+    spy(runs, "cut_loss", 1)
+    spy(mdmvi, "importance_order_loss", 3)
     networks = (trained, *transformers_model.make_networks(trained, 4))
     canvas = torch.tensor([False, False, True, True]).expand(100, 4)
     tokens = twins(100, torch.Generator().manual_seed(0))

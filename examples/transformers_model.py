@@ -17,6 +17,7 @@ from torch import nn
 from tqdm import tqdm
 
 import mdmvi
+from examples import runs
 from examples.command_line import Parser, UserError, add_device, positive, run_main
 from examples.gsm8k import read_records
 
@@ -147,7 +148,7 @@ def make_networks(denoiser, max_len):
     config = mdmvi.ModelConfig(model.config.vocab_size, max_len, *shape, *ids)
     width, heads = model.config.hidden_size, model.config.num_attention_heads
     as_wide = replace(config, n_embd=width, n_head=heads, n_hidden=2 * width)
-    policy, posterior = mdmvi.RunPolicy(as_wide), mdmvi.RunPosterior(config)
+    policy, posterior = runs.RunPolicy(as_wide), runs.RunPosterior(config)
     return policy.to(model.device), posterior.to(model.device)
 
 
@@ -159,7 +160,7 @@ def learn_order(networks, tokens, canvas, budget, steps, generator=None):
     denoiser, policy, posterior = networks
     parts = list(zip(tokens[:SEARCHED].split(64), canvas[:SEARCHED].split(64)))
     bar = tqdm(parts, desc="runs", unit="batch")
-    values = torch.cat([mdmvi.run_log_prob(denoiser, *part) for part in bar])
+    values = torch.cat([runs.run_log_prob(denoiser, *part) for part in bar])
 
     def pick(count, n):
         return torch.randint(count, (n,), device=tokens.device, generator=generator)
@@ -167,7 +168,7 @@ def learn_order(networks, tokens, canvas, budget, steps, generator=None):
     def search(done):
         rows = pick(len(values), SEARCH_BATCH)
         data = (posterior, tokens[rows], canvas[rows], values[rows], budget)
-        return mdmvi.cut_loss(*data, mdmvi.search_optimism(done))
+        return runs.cut_loss(*data, runs.search_optimism(done))
 
     def bound(done):
         rows = pick(len(tokens), BATCH)

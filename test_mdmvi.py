@@ -1107,7 +1107,7 @@ def test_the_snippet_in_the_readme_improves_the_bound(tmp_path):
 FOLDER = Path(train.__file__).resolve().parent
 GSM8K = FOLDER.parent / "shared" / "gsm8k"
 needs_gsm8k = pytest.mark.skipif(not GSM8K.is_dir(), reason="no ../shared/gsm8k")
-train.SEARCH_STEPS, train.TIMETABLE_PASSES = 3, 40  # enough here
+runs.SEARCH_STEPS, train.TIMETABLE_PASSES = 3, 40  # enough here
 
 
 # ------------------------------------------------------------------------------------------------

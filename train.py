@@ -13,6 +13,7 @@ checkpoints.
 
 import contextlib
 import copy
+import functools
 import inspect
 import json
 import math
@@ -55,7 +56,6 @@ SIZES = {
 }
 STAGES = ("plain", "baseline", "order", "done")
 MIDDLE = (0.2, 0.7)  # mask rates: below, a sum can be copied; above, its numbers are hidden
-SEARCH_STEPS, SEARCH_BATCH = 200, 32  # the posterior's training on the runs that were searched
 TIMETABLE_PASSES = 400  # of the search for a timetable, on each of its problems
 HELD_OUT = 256  # problems kept from training on a file; the closing bounds are taken on so many
 SAVE_EVERY = 300  # seconds between saves; one of 170M parameters may take five
@@ -384,24 +384,11 @@ def search_timetable(run, tokens, canvas):
 
 def search_cuts(run, tokens, canvas):
     """The posterior learns which cuts of some problems are best under the denoiser."""
-    args, values = run.args, []
-    parts = list(zip(tokens.split(64), canvas.split(64)))
-    for x, on in tqdm(parts, desc="search", unit="batch", mininterval=1.0):
-        with autocast(run.device):
-            values.append(runs.run_log_prob(run.denoiser, x.long(), on))
-    values = torch.cat(values)
-    groups = mdmvi.parameter_groups(None, None, run.posterior, posterior_lr=args.head_lr)
-    optimizers = make_optimizers(groups, args.optimizer)
-    bar = tqdm(range(SEARCH_STEPS), desc="cuts", unit="step", mininterval=1.0)
-    for step in bar:
-        x, on, value = pick((tokens, canvas, values), SEARCH_BATCH, run.generator)
-        with autocast(run.device):
-            optimism = runs.search_optimism(step / SEARCH_STEPS)
-            loss = runs.cut_loss(run.posterior, x.long(), on, value, args.budget, optimism)
-        loss.backward()
-        mdmvi.update(optimizers, step, SEARCH_STEPS)
-        if step % 20 == 19:
-            bar.set_postfix_str(f"loss {float(loss.detach()):.4f}", refresh=False)
+    groups = mdmvi.parameter_groups(None, None, run.posterior, posterior_lr=run.args.head_lr)
+    optimizers = make_optimizers(groups, run.args.optimizer)
+    networks, forward = (run.denoiser, run.posterior), functools.partial(autocast, run.device)
+    settings = (run.args.budget, optimizers, run.generator, forward)
+    runs.search_cuts(*networks, tokens, canvas, *settings)
 
 
 def train(run, data):

@@ -8,13 +8,17 @@ of the steps that the paper's free scores need. It suits text whose neighbours c
 together. To copy it: this file and mdmvi.py (the README's snippet).
 """
 
+import contextlib
 import math
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from tqdm import tqdm
 
 import mdmvi
+
+SEARCH_STEPS, SEARCH_BATCH = 200, 32  # of the posterior's training on the cuts that were searched
 
 
 class RunPosterior(mdmvi.OrderPosterior):
@@ -70,7 +74,7 @@ class RunPolicy(mdmvi.UnmaskPolicy):
         log_go_on = F.logsigmoid(super().forward(self.block(hidden), masked))
         later = masked & (masked.cumsum(1) > 1)
         log_pi = log_go_on.masked_fill(~later, 0.0).cumsum(1)
-        return log_pi - mdmvi.log_one_minus(log_pi)  # the logit of pi
+        return log_pi - mdmvi.log_one_minus(log_pi)  # the logit of pi, at most 13.8
 
 
 def canvas_positions(canvas, L):
@@ -136,3 +140,37 @@ def cut_loss(posterior, tokens, canvas, values, budget, optimism=0.0, price=0.3)
 def search_optimism(done):
     """`optimism` of `cut_loss` when a share of its steps is done: from 10 straight to 0 at 3/4."""
     return 10 * max(0.0, 1 - done / 0.75)
+
+
+def search_cuts(
+    denoiser,
+    posterior,
+    tokens,
+    canvas,
+    budget,
+    optimizers,
+    generator=None,
+    forward=contextlib.nullcontext,
+):
+    """Teach a `RunPosterior` the best cuts of some known solutions under the denoiser.
+
+    tokens int [M, N], clean; canvas bool [M, N]; optimizers: of the groups of
+    `mdmvi.parameter_groups(None, None, posterior)`; forward() is a context for passes, as autocast.
+    Costs a pass of each problem for each canvas place, and SEARCH_STEPS steps of the posterior.
+    """
+    parts = list(zip(tokens.split(64), canvas.split(64)))
+    with forward():
+        bar = tqdm(parts, desc="search", unit="batch", mininterval=1.0)
+        values = torch.cat([run_log_prob(denoiser, x.long(), on) for x, on in bar])
+    bar = tqdm(range(SEARCH_STEPS), desc="cuts", unit="step", mininterval=1.0)
+    for step in bar:
+        shape = (SEARCH_BATCH,)
+        rows = torch.randint(len(values), shape, device=values.device, generator=generator)
+        data = (tokens[rows].long(), canvas[rows], values[rows])
+        with forward():
+            optimism = search_optimism(step / SEARCH_STEPS)
+            loss = cut_loss(posterior, *data, budget, optimism)
+        loss.backward()
+        mdmvi.update(optimizers, step, SEARCH_STEPS)
+        if step % 20 == 19:
+            bar.set_postfix_str(f"loss {float(loss.detach()):.4f}", refresh=False)

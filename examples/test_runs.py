@@ -1,5 +1,6 @@
 """Tests of examples/runs.py:  python -m pytest examples/test_runs.py"""
 
+import contextlib
 import itertools
 import math
 
@@ -121,6 +122,39 @@ def test_cut_loss_is_the_mean_over_all_cuts(T, optimism):
         runs.cut_loss(posterior, tokens, canvas, values, 1)
     with pytest.raises(ValueError, match="optimism is -1: it must not be below 0"):
         runs.cut_loss(posterior, tokens, canvas, values, 2, -1)
+
+
+def test_search_cuts_finds_where_a_cut_pays():
+    """Each token stands twice: only a cut between the two of the canvas pays."""
+
+    class Twins:
+        """Knows a token where its twin is revealed, and nothing else."""
+
+        mask_id, eos_id = 3, 0
+
+        def __call__(self, tokens):
+            twin = tokens.view(-1, 2, 2).flip(2).view(tokens.shape)
+            return 9.0 * torch.nn.functional.one_hot(twin, 4).float()
+
+        def logits(self, hidden):
+            return hidden[..., :3]
+
+    torch.manual_seed(0)
+    tokens, canvas = torch.randint(3, (64, 2)).repeat_interleave(2, 1), torch.ones(64, 4) > 0
+    canvas[:, 0] = False
+    posterior, entered = runs.RunPosterior(tiny_config()), []
+
+    @contextlib.contextmanager
+    def forward():
+        entered.append(torch.is_grad_enabled())
+        yield
+
+    groups = mdmvi.parameter_groups(None, None, posterior, posterior_lr=1e-2)
+    optimizers, generator = [torch.optim.AdamW(groups)], torch.Generator().manual_seed(0)
+    runs.search_cuts(Twins(), posterior, tokens, canvas, 3, optimizers, generator, forward)
+    assert len(entered) == 1 + runs.SEARCH_STEPS
+    cuts = posterior.scores(tokens, canvas).sigmoid()
+    assert (cuts[:, 3] > 0.9).all() and (cuts[:, 2] < 0.1).all()
 
 
 def test_a_posterior_that_has_learned_the_cuts_draws_the_order():

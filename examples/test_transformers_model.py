@@ -171,7 +171,7 @@ def test_orders_are_searched_and_then_the_bound_takes_over(trained, monkeypatch)
 
         monkeypatch.setattr(module, name, call)
 
-    monkeypatch.setattr(transformers_model, "SEARCH_STEPS", 2)
+    monkeypatch.setattr(runs, "SEARCH_STEPS", 2)
     spy(runs, "run_log_prob", 1)
     spy(runs, "cut_loss", 1)
     spy(mdmvi, "importance_order_loss", 3)
@@ -291,7 +291,7 @@ def short_run(model, data, *more):
 
 @pytest.mark.parametrize("kind", ["Bert", "Llama"])
 def test_program_from_end_to_end(kind, tmp_path, data, capsys, monkeypatch):
-    monkeypatch.setattr(transformers_model, "SEARCH_STEPS", 10)
+    monkeypatch.setattr(runs, "SEARCH_STEPS", 10)
     special = {"sep_token": "[EOS]", "mask_token": "[MASK]"} if kind == "Bert" else {}
     special = special or {"eos_token": "[EOS]"}
     more = [] if kind == "Bert" else ["--mask-id", str(MASK)]

@@ -26,7 +26,6 @@ TAU = 0.1
 BATCH = 16  # problems a step
 PATHS = 3  # paths a problem
 SEARCHED = 256  # problems whose best runs the posterior learns first
-SEARCH_STEPS, SEARCH_BATCH = 200, 32
 
 
 class TransformersDenoiser:
@@ -158,38 +157,23 @@ def learn_order(networks, tokens, canvas, budget, steps, generator=None):
     tokens int64 [M, N], clean; canvas bool [M, N]. A step takes BATCH (PATHS + 1) denoiser passes.
     """
     denoiser, policy, posterior = networks
-    parts = list(zip(tokens[:SEARCHED].split(64), canvas[:SEARCHED].split(64)))
-    bar = tqdm(parts, desc="runs", unit="batch")
-    values = torch.cat([runs.run_log_prob(denoiser, *part) for part in bar])
-
-    def pick(count, n):
-        return torch.randint(count, (n,), device=tokens.device, generator=generator)
-
-    def search(done):
-        rows = pick(len(values), SEARCH_BATCH)
-        data = (posterior, tokens[rows], canvas[rows], values[rows], budget)
-        return runs.cut_loss(*data, runs.search_optimism(done))
-
-    def bound(done):
-        rows = pick(len(tokens), BATCH)
-        data = (*networks, tokens[rows], canvas[rows], budget, TAU, PATHS, generator)
-        return mdmvi.importance_order_loss(*data)[0]
-
     if budget > 1:
-        groups = mdmvi.parameter_groups(None, None, posterior, posterior_lr=3e-3)
-        minimise(search, groups, SEARCH_STEPS, "search")
-    minimise(bound, mdmvi.parameter_groups(*networks), steps, "order")
-
-
-def minimise(loss_of_batch, groups, steps, label):
-    """AdamW on loss_of_batch(share of the steps that is done)."""
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.1)
-    bar = tqdm(range(steps), desc=label, unit="step", mininterval=1.0)
+        optimizer = make_optimizer(mdmvi.parameter_groups(None, None, posterior, posterior_lr=3e-3))
+        known = (tokens[:SEARCHED], canvas[:SEARCHED])
+        runs.search_cuts(denoiser, posterior, *known, budget, [optimizer], generator)
+    optimizer = make_optimizer(mdmvi.parameter_groups(*networks))
+    bar = tqdm(range(steps), desc="order", unit="step", mininterval=1.0)
     for step in bar:
-        loss = loss_of_batch(step / steps)
+        rows = torch.randint(len(tokens), (BATCH,), device=tokens.device, generator=generator)
+        data = (*networks, tokens[rows], canvas[rows], budget, TAU, PATHS, generator)
+        loss, _ = mdmvi.importance_order_loss(*data)
         loss.backward()
         mdmvi.update([optimizer], step, steps)
         bar.set_postfix_str(f"loss {float(loss.detach()):.4f}", refresh=False)
+
+
+def make_optimizer(groups):
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.1)
 
 
 def generate_blocks(denoiser, tokens, canvas, block_len, strategy, budget, **options):

@@ -1079,10 +1079,11 @@ def echoes(n):
     return prompt.repeat(1, 3), torch.arange(6).expand(n, 6) > 1
 
 
-def test_the_snippet_in_the_readme_improves_the_bound(tmp_path):
+def test_the_snippet_in_the_readme_improves_the_bound(tmp_path, monkeypatch):
     """It is given a denoiser of width 48 with its config, a batch of n problems and the steps."""
     readme, snippet = Path(__file__).with_name("README.md").read_text(), tmp_path / "snippet.py"
     snippet.write_text(readme.split("\n## Copy it")[1].split("```python\n")[1].split("```")[0])
+    monkeypatch.setattr(runs, "SEARCH_STEPS", 200)
     config = mdmvi.ModelConfig(5, 16, 1, 2, 48, 48, mask_id=5, eos_id=0)
     torch.manual_seed(0)
     denoiser = mdmvi.Denoiser(config)
@@ -1097,7 +1098,6 @@ def test_the_snippet_in_the_readme_improves_the_bound(tmp_path):
         for networks in (start, ran["networks"])
     )
     assert after > before + 1.0
-    print(before, after)
 
 
 # ================================================================================================

@@ -40,7 +40,7 @@ from examples.smdm import LlamaTokenizer
 
 SEPARATOR = "||"  # between question and answer, as in SMDM's fine-tuning data
 VERSION = 8  # of the checkpoints
-RULES = [*mdmvi.RULES, *(f"{rule}+eos" for rule in mdmvi.CONFIDENCE_RULES)]  # +eos: eos_aware
+RULES = [*mdmvi.RULES, *mdmvi.EOS_RULES]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -66,10 +66,10 @@ class Tokenizer:
         self.bytes = [b"", *(bytes([b]) for b in range(256)), *encoded, b""]  # of each id
 
     @classmethod
-    def build(cls, texts, max_pieces=4096, min_count=5):
-        """Marks, then the most frequent pieces of `texts` (ties in alphabetical order)."""
+    def build(cls, texts, max_pieces=4096):
+        """Marks, then the most frequent pieces of `texts`, if they are there five times or more."""
         count = Counter(piece for text in texts for piece in PIECE.findall(text))
-        frequent = [piece for piece in count if count[piece] >= min_count and piece not in MARKS]
+        frequent = [piece for piece in count if count[piece] >= 5 and piece not in MARKS]
         frequent.sort(key=lambda piece: (-count[piece], piece))
         return cls([*MARKS, *frequent[: max_pieces - len(MARKS)]])
 
@@ -177,8 +177,9 @@ def load_checkpoint(path, device="cpu"):
 # ------------------------------------------------------------------------------------------------
 
 
-def wilson(right, n, z=1.96):
+def wilson(right, n):
     """95% Wilson interval of a share, in percent."""
+    z = 1.96
     p, middle = right / n, (right / n + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
     return 100 * max(0.0, middle - half), 100 * min(1.0, middle + half)
@@ -207,12 +208,11 @@ def attempt(problems, tokenizer, tokens, canvas, policy, batch, seed, rule, budg
 
     Returns a dict of lists: answered, solved (bools), steps (numbers).
     """
-    strategy, _, eos = rule.partition("+")
     generator = torch.Generator(tokens.device).manual_seed(seed)
-    options = {"policy": policy, "generator": generator, "eos_aware": bool(eos)}
+    options = {"policy": policy, "generator": generator}
     texts, steps = [], []
     for x, on in zip(tokens.split(batch), canvas.split(batch)):
-        out = mdmvi.generate(denoiser, x.long(), on, strategy, budget, **options)
+        out = mdmvi.generate(denoiser, x.long(), on, rule, budget, **options)
         rows = zip(out.tokens.cpu(), on.cpu())
         texts += [answer_text(tokenizer, row, place) for row, place in rows]
         steps += out.steps.tolist()

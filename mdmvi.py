@@ -13,17 +13,17 @@ reveal together is a latent variable r here, learned by variational inference (F
 Shapes: B batch, N sequence length, L canvas length, V vocabulary, D width, T = budget (steps), K
 paths drawn for each sequence, M places that are scored in a whole batch (M_s is a set).
 `canvas` is a bool [B, N], true where the answer goes, at least once in every row (`generate`
-takes rows without any). `masked` is the part of it that is still hidden (M_s). `tokens` are the
-clean sequence x_0, int64 [B, N], always; x_s is x_0 with M_s replaced by MASK. M_0 is the whole
-canvas; a path is M_0, M_1, ... as drawn from q. `generator` is a torch.Generator on the tensors'
-device, or None for the global one. Log-probabilities are in nats.
+takes rows without any); the prompt c lies off it. `masked` is the part of the canvas that is still
+hidden (M_s). `tokens` are the clean sequence x_0, int64 [B, N], always; x_s is x_0 with M_s
+replaced by MASK. M_0 is the whole canvas; a path is M_0, M_1, ... as drawn from q. `generator` is a
+torch.Generator on the tensors' device, or None for the global one. Log-probabilities are in nats.
 (R) marks what is rebuilt from summaries of [F]: the policy's input, the posterior's form, the loss.
 (ours) marks what is not in [F]. No network is told the step s, only which tokens are masked.
 
 A denoiser is any object with `denoiser(tokens)` -> hidden [B, N, D], `denoiser.logits(hidden)`
-for hidden [M, D] -> [M, V], -inf for MASK, and the attributes `mask_id` and (for eos_aware rules)
-`eos_id`. An optional `canvas_len` is the most places a canvas has: on a GPU a larger one can make
-the bounds nan.
+for hidden [M, D] -> [M, V], -inf for MASK, and the attributes `mask_id` and, for EOS_RULES,
+`eos_id`. An optional `canvas_len` is the most places a canvas has: on a GPU a canvas with more
+makes losses and bounds nan.
 A policy maps (hidden, masked) -> pi_logits [B, N]. A posterior maps (tokens, canvas) -> log_alpha
 [B, N]; only its differences matter.
 """
@@ -60,7 +60,7 @@ class ModelConfig:
     rope_bf16: bool = False
 
 
-def rotary_tables(head_size, length, rope_bf16=False):
+def rotary_tables(head_size, length, rope_bf16):
     """cos and signed sin [length, head_size] of rotary embedding, base 10000, by halves."""
     frequency = 10000.0 ** (-torch.arange(0, head_size, 2).float() / head_size)
     angle = torch.outer(torch.arange(length).float(), frequency).repeat(1, 2)
@@ -161,7 +161,7 @@ class UnmaskPolicy(nn.Module):
     """pi_i(x_s) = sigmoid(pi_logits): hidden [B, N, D], masked -> pi_logits fp32 [B, N] (R).
 
     A small head on the denoiser's last hidden states, so that a step of generation costs one pass.
-    `config` is a `ModelConfig` of their width; `masked` is for subclasses.
+    `config` is a `ModelConfig` of their width. Other policies (examples/runs.py) look at `masked`.
     """
 
     def __init__(self, config, n_layer=1):
@@ -232,7 +232,7 @@ class OrderPosterior(nn.Module):
         nn.init.zeros_(self.score.bias)
 
     def scores(self, tokens, canvas):
-        """Real numbers [B, N], before they become log alpha."""
+        """Real numbers [B, N]; examples/runs.py makes another log alpha of them."""
         hidden = self.trunk(tokens, canvas[:, :, None] * self.on_canvas)
         return self.score(hidden).squeeze(-1).float()
 
@@ -243,7 +243,8 @@ class OrderPosterior(nn.Module):
 def reveal_log_prob(log_alpha, masked, tau):
     """log rho_i = (log alpha_i - max_{j in M_s} log alpha_j) / tau, [B, N]; 0 off the masked set.
 
-    log_alpha float [B, N]; masked bool [B, N]; tau > 0. The largest masked score has exactly 0.
+    log_alpha float [B, N]; masked bool [B, N]; tau > 0. The largest masked score has exactly 0, and
+    so has all of a row in which nothing is masked.
     """
     best = log_alpha.masked_fill(~masked, -math.inf).amax(dim=1, keepdim=True)
     return torch.where(masked, (log_alpha - best) / tau, 0.0)
@@ -422,12 +423,13 @@ def uniform_elbo(denoiser, tokens, canvas, budget, samples, generator=None):
 # ------------------------------------------------------------------------------------------------
 # 4. Samplers: the learned order and fixed rules. [F] compares with iid, top_prob and
 #    top_prob_margin (the last two: Kim et al., arXiv 2502.06768). threshold is Fast-dLLM's (arXiv
-#    2505.22618); entropy, left_to_right and random are common; threshold_left, eos_aware are ours.
+#    2505.22618); entropy, left_to_right and random are common; threshold_left and +eos are ours.
 # ------------------------------------------------------------------------------------------------
 
 CONFIDENCE_RULES = ("top_prob", "top_prob_margin", "entropy", "threshold", "threshold_left")
 RULES = ("iid", *CONFIDENCE_RULES, "left_to_right", "random")
 STRATEGIES = ("learned", *RULES)
+EOS_RULES = tuple(f"{rule}+eos" for rule in CONFIDENCE_RULES)  # predicted EOS at once (ours)
 THRESHOLD = 0.9  # of the rules of this name: reveal what is more probable
 
 
@@ -463,8 +465,8 @@ def choose_by_rule(strategy, logits, masked, steps_left, eos_id=None, generator=
     this one counted. The rules that rank take their best 1 / steps_left of the candidates, rounded
     up; iid draws each with probability 1 / steps_left; threshold takes all above THRESHOLD. Where
     that gives none, iid takes one at random and threshold the most probable. threshold_left (ours)
-    takes all above THRESHOLD and the leftmost other one. eos_id (ours, for CONFIDENCE_RULES):
-    masked positions whose most likely token is EOS are revealed at once and are no candidates.
+    takes all above THRESHOLD and the leftmost other one. eos_id (ours, for EOS_RULES): masked
+    positions whose most likely token is EOS are revealed at once and are no candidates.
     """
     if strategy in CONFIDENCE_RULES:
         score = masked.float().masked_scatter(masked, confidence(strategy, logits))
@@ -508,34 +510,25 @@ def draw_tokens(logits, temperature, generator=None):
 
 @torch.no_grad()
 def generate(
-    denoiser,
-    tokens,
-    canvas,
-    strategy,
-    budget,
-    policy=None,
-    temperature=0.0,
-    generator=None,
-    eos_aware=False,
+    denoiser, tokens, canvas, strategy, budget, policy=None, temperature=0.0, generator=None
 ):
     """Fill the canvas in at most `budget` forward passes; the last one reveals all that is left.
 
-    What lies on the canvas is ignored. strategy: one of STRATEGIES, "learned" needs `policy`;
-    eos_aware: see `choose_by_rule`, for CONFIDENCE_RULES only; temperature of the tokens' draw.
-    Rows that are finished leave the batch. Returns a Generation. Raises ValueError on an unknown
-    strategy, a budget below 1, a temperature below 0, "learned" without a policy, or eos_aware with
-    another rule.
+    What lies on the canvas is ignored. strategy: one of STRATEGIES or EOS_RULES; "learned" needs
+    `policy`. temperature: of the tokens' draw. Rows that are finished leave the batch. Returns a
+    Generation. Raises ValueError on an unknown strategy, a budget below 1, a temperature below 0,
+    or "learned" without a policy.
     """
-    if strategy not in STRATEGIES:
-        raise ValueError(f"unknown strategy {strategy!r}: choose from {', '.join(STRATEGIES)}")
+    names = (*STRATEGIES, *EOS_RULES)
+    if strategy not in names:
+        raise ValueError(f"unknown strategy {strategy!r}: choose from {', '.join(names)}")
     check_positive(budget=budget)
     if strategy == "learned" and policy is None:
         raise ValueError("strategy 'learned' needs a policy")
     if not temperature >= 0:
         raise ValueError(f"temperature is {temperature}: it must not be below 0")
-    if eos_aware and strategy not in CONFIDENCE_RULES:
-        raise ValueError(f"eos_aware goes with {', '.join(CONFIDENCE_RULES)}, not {strategy!r}")
-    eos_id = denoiser.eos_id if eos_aware else None
+    rule, _, eos = strategy.partition("+")
+    eos_id = denoiser.eos_id if eos else None
     tokens = tokens.masked_fill(canvas, denoiser.mask_id)
     reveal_step = torch.full_like(tokens, -1)
     steps = torch.zeros_like(tokens[:, 0])
@@ -551,7 +544,7 @@ def generate(
         elif strategy == "learned":
             reveal = choose_by_policy(policy(hidden, masked), masked, generator)
         else:
-            reveal = choose_by_rule(strategy, logits, masked, budget - s, eos_id, generator)
+            reveal = choose_by_rule(rule, logits, masked, budget - s, eos_id, generator)
         filled = x.masked_scatter(masked, draw_tokens(logits, temperature, generator))
         tokens[rows] = torch.where(reveal, filled, x)
         reveal_step[rows] = reveal_step[rows].masked_fill(reveal, s)
@@ -564,7 +557,7 @@ def generate(
 # 5. Beyond the paper (ours): a loss of less variance, and one recipe of training.
 #      draw_step, importance_order_loss   f_0 exact, a later step drawn where paths go on
 #      parameter_groups, update           rates of the three networks, each clipped by itself
-#    Other kinds of orders, which need a tenth of the steps: examples/runs.py and spread.py.
+#    Other kinds of orders: examples/runs.py, learned in a tenth of the steps, and spread.py.
 # ------------------------------------------------------------------------------------------------
 
 
@@ -582,7 +575,8 @@ def draw_step(log_alpha, canvas, budget, tau, paths, generator=None):
     for _ in range(budget - 1):
         masked = masked & ~draw_reveal(reveal_log_prob(log_alpha, masked, tau), masked, generator)
         busy.append(masked.any(1))
-    busy = torch.stack(busy, 1).view(-1, paths, budget - 1).float().mean(1) + 1e-6
+    busy = torch.stack(busy, 1).view(-1, paths, budget - 1).float().mean(1)
+    busy = busy + 1e-6  # where no path has anything left, all steps are alike
     p = 0.8 * busy / busy.sum(1, keepdim=True) + 0.2 / (budget - 1)
     u = stratified_uniform(len(p), p.device, generator)
     s = (p.cumsum(1) < u[:, None]).sum(1).clamp(max=budget - 2)
@@ -617,8 +611,9 @@ def parameter_groups(denoiser, policy, posterior, lr=1e-3, policy_lr=3e-3, poste
 
     "params" are pairs (name, parameter), as torch's optimisers take them. A network that is None,
     frozen or no nn.Module has no group. "warm_up" is the share of the steps in which the rate
-    rises. It is long for a posterior beside a policy: a new policy makes a searched order look bad
-    (high KL), and at its full rate the posterior would leave it before the policy has learned it.
+    rises. It is long for a posterior beside a policy: a new policy makes every order look bad (high
+    KL), and at its full rate the posterior would leave a good one, as a search has found it
+    (examples/runs.py), before the policy has learned it.
     """
     groups = []
     for name, network, peak, share in (

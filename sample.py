@@ -119,8 +119,7 @@ def read_args(argv):
     add("--seed", type=whole, default=0, help="seed of the draws")
     add_device(parser)
     add("--html", type=writable, metavar="FILE", help="write a page that shows the order")
-    args = parser.parse_args(argv)
-    return args
+    return parser.parse_args(argv)
 
 
 def main(argv=None):
@@ -141,14 +140,12 @@ def main(argv=None):
     data, results = (tokens.long().to(args.device), canvas.to(args.device)), []
     budget = args.budget or checkpoint["args"]["budget"]
     for name in args.strategy:
-        strategy, _, eos = name.partition("+")
         options = {
             "policy": models.policy,
             "temperature": args.temperature,
             "generator": torch.Generator(args.device).manual_seed(args.seed),
-            "eos_aware": bool(eos),
         }
-        out = mdmvi.generate(models.denoiser, *data, strategy, budget, **options)
+        out = mdmvi.generate(models.denoiser, *data, name, budget, **options)
         row, on, steps = out.tokens[0].cpu(), canvas[0], int(out.steps[0])
         results.append((name, row[on].tolist(), out.reveal_step[0].cpu()[on].tolist(), steps))
         print(f"{name}, {steps} steps")

@@ -646,13 +646,13 @@ def test_what_the_bounds_refuse():
 
 RULES = ("top_prob", "top_prob_margin", "entropy", "threshold", "threshold_left", "left_to_right")
 RANDOM = ("iid", "random", "learned")
-EOS_AWARE = [(rule, True) for rule in RULES[:5]]
-ALL = [(rule, False) for rule in RULES + RANDOM] + EOS_AWARE
+EOS_RULES = tuple(f"{rule}+eos" for rule in RULES[:5])
+ALL = RULES + RANDOM + EOS_RULES
 
 
 def test_the_list_of_strategies_is_whole():
     assert sorted(mdmvi.STRATEGIES) == sorted(RULES + RANDOM)
-    assert sorted(mdmvi.CONFIDENCE_RULES) == sorted(RULES[:5])
+    assert sorted(mdmvi.EOS_RULES) == sorted(EOS_RULES)
 
 
 def reveal_probability(strategy, M, R, pi, left):
@@ -712,23 +712,24 @@ def slow_rule(strategy, p, M, left, eos_id, threshold):
     return eos + ranked[: math.ceil(len(ranked) / left)]
 
 
-@pytest.mark.parametrize("strategy, eos_aware", ALL[: len(RULES)] + EOS_AWARE)
+@pytest.mark.parametrize("strategy", RULES + EOS_RULES)
 @pytest.mark.parametrize("with_mask", [False, True])
-def test_rules_agree_with_slow_ones(strategy, eos_aware, with_mask, monkeypatch):
+def test_rules_agree_with_slow_ones(strategy, with_mask, monkeypatch):
     """MASK is 3, in the vocabulary (with probability 0) or beyond it."""
     monkeypatch.setattr(mdmvi, "THRESHOLD", 0.6)
     model, (tokens, canvas) = Toy(length=6), problems()
     if with_mask:
         model.logits = lambda hidden: F.pad(hidden[:, :-1], (0, 1), value=-math.inf)
     for budget in (1, 2, 3, 4, 9):
-        out = mdmvi.generate(model, tokens, canvas, strategy, budget, eos_aware=eos_aware)
+        out = mdmvi.generate(model, tokens, canvas, strategy, budget)
         for row in range(len(tokens)):
             x, M, steps = tokens[row].clone(), places(canvas[row]), 0
             reveal_step = [-1] * len(x)
             while M:
                 p, left = look(model, x, M)[0].exp().tolist(), budget - steps
-                eos_id = model.eos_id if eos_aware else None
-                R = M if left == 1 else slow_rule(strategy, p, M, left, eos_id, 0.6)
+                rule, eos_id = strategy.removesuffix("+eos"), model.eos_id
+                eos_id = eos_id if strategy in EOS_RULES else None
+                R = M if left == 1 else slow_rule(rule, p, M, left, eos_id, 0.6)
                 for i in R:
                     x[i], reveal_step[i] = p[i].index(max(p[i])), steps
                 M, steps = [i for i in M if i not in R], steps + 1
@@ -736,15 +737,13 @@ def test_rules_agree_with_slow_ones(strategy, eos_aware, with_mask, monkeypatch)
             assert torch.equal(out.tokens[row], x)
 
 
-@pytest.mark.parametrize("strategy, eos_aware", ALL)
-def test_what_every_sampler_promises(strategy, eos_aware):
+@pytest.mark.parametrize("strategy", ALL)
+def test_what_every_sampler_promises(strategy):
     (model, policy, _), (tokens, canvas) = tiny_models(mask_id=3), problems()
     given, other = tokens.clone(), tokens.where(~canvas, 2 - tokens)
     for budget, temperature in itertools.product((1, 3, 20), (0.0, 1.0)):
         out, again = (
-            mdmvi.generate(
-                model, x, canvas, strategy, budget, policy, temperature, rng(1), eos_aware
-            )
+            mdmvi.generate(model, x, canvas, strategy, budget, policy, temperature, rng(1))
             for x in (tokens, other)
         )
         assert all(
@@ -781,12 +780,12 @@ def test_what_generate_refuses():
         ("best", 3, "best"),
         ("iid", 0, "budget"),
         ("learned", 3, "policy"),
+        ("iid+eos", 3, "unknown strategy 'iid.eos': choose from learned, iid, .* top_prob.eos"),
+        ("left_to_right+eos", 3, "unknown"),
+        ("learned+eos", 3, "unknown"),
     ):
         with pytest.raises(ValueError, match=word):
             mdmvi.generate(Toy(), X0, CANVAS, strategy, budget)
-    for strategy in RULES[5:] + RANDOM:
-        with pytest.raises(ValueError, match="eos_aware"):
-            mdmvi.generate(Toy(), X0, CANVAS, strategy, 3, Toy().policy, eos_aware=True)
     for temperature in (-0.5, math.nan):
         with pytest.raises(ValueError, match="temperature"):
             mdmvi.generate(Toy(), X0, CANVAS, "iid", 3, temperature=temperature)
@@ -932,11 +931,11 @@ def test_a_plain_function_is_a_denoiser():
     for loss in LOSSES[:3]:
         assert loss(*models, X0, CANVAS, generator=rng(0)).isfinite()
     assert mdmvi.order_elbo(*models, X0, CANVAS, 3, TAU, 1).isfinite().all()
-    for strategy, eos_aware in ALL:
+    for strategy in ALL:
         model.__dict__.pop("eos_id", None)
-        if eos_aware:  # only these rules need it
+        if strategy in EOS_RULES:  # only these need it
             model.eos_id = toy.eos_id
-        out = mdmvi.generate(model, X0, CANVAS, strategy, 3, toy.policy, eos_aware=eos_aware)
+        out = mdmvi.generate(model, X0, CANVAS, strategy, 3, toy.policy)
         assert (out.tokens[CANVAS] < 3).all()
 
 
@@ -964,8 +963,8 @@ def test_no_bfloat16_unless_asked_for(loss_of):
     models, (tokens, canvas) = tiny_models(), some_problems()
     with NoBFloat16():
         train_step(loss_of, models, tokens, canvas)
-        for strategy, eos_aware in ALL:
-            mdmvi.generate(models[0], tokens, canvas, strategy, 3, models[1], 1.0, None, eos_aware)
+        for strategy in ALL:
+            mdmvi.generate(models[0], tokens, canvas, strategy, 3, models[1], 1.0)
     with NoBFloat16(), pytest.raises(AssertionError), torch.autocast("cpu", torch.bfloat16):
         train_step(loss_of, models, tokens, canvas)  # so it does look
 
@@ -978,9 +977,8 @@ def test_autocast(loss_of):
     with torch.autocast("cpu", torch.bfloat16):
         loss = train_step(loss_of, models, tokens, canvas, rng(0))
         assert loss.dtype == torch.float32 and loss.item() == pytest.approx(exact.item(), rel=0.02)
-        for strategy, eos_aware in ALL:
-            more = models[1], 1.0, rng(0), eos_aware
-            out = mdmvi.generate(models[0], tokens, canvas, strategy, 3, *more)
+        for strategy in ALL:
+            out = mdmvi.generate(models[0], tokens, canvas, strategy, 3, models[1], 1.0, rng(0))
             assert (out.tokens < 5).all() and torch.equal(out.reveal_step >= 0, canvas)
     assert all(p.dtype == torch.float32 for model in models for p in model.parameters())
 
@@ -1064,8 +1062,8 @@ def test_cuda_gives_what_the_cpu_gives():
         f = mdmvi.step_bound(denoiser, policy, data[0], data[2], log_rho, data[3])
         outs = [mdmvi.generate(denoiser, *data[:2], rule, 3) for rule in RULES]
         results.append([x.detach().cpu() for x in (*f, *(y for out in outs for y in out))])
-        for strategy, eos_aware in ALL:
-            more = policy, 1.0, rng(0) if device == "cpu" else None, eos_aware
+        for strategy in ALL:
+            more = policy, 1.0, rng(0) if device == "cpu" else None
             out = mdmvi.generate(denoiser, *data[:2], strategy, 3, *more)
             assert (out.tokens < 5).all() and torch.equal(out.reveal_step >= 0, data[1])
     torch.set_float32_matmul_precision(precision)
@@ -2257,7 +2255,7 @@ def test_accumulating_is_the_mean_of_the_parts(trained, monkeypatch):
         return factor * weight.sum(), torch.tensor(kl)
 
     monkeypatch.setattr(train, "stage_loss", loss_of)
-    total = train.train_step(run, "plain", 0, 1, None, 4, [])
+    total = train.train_step(run, "plain", 1, None, 4, [])
     assert torch.allclose(weight.grad, torch.full_like(weight, 5.0)) and len(steps) == 1
     assert total.tolist() == pytest.approx([5 * len(weight), 0.3])
 

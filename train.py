@@ -6,9 +6,9 @@
     python train.py --start out/plain.pt --budget 10 --out out10      # stage 2, another budget
 
 A run is in one file, out/checkpoint.pt; out/plain.pt is that file as it was before stage 2,
-out/log.jsonl tells what happened on the way. The method is in mdmvi.py, tokenizer and scoring in
-eval_gsm8k.py, data in examples/arithmetic.py and gsm8k.py; here are the flags, the loop and the
-checkpoints.
+out/log.jsonl tells what happened on the way. The method is in mdmvi.py, other kinds of orders in
+examples/runs.py and spread.py, tokenizer and scoring in eval_gsm8k.py, data in
+examples/arithmetic.py and gsm8k.py; here are the flags, the loop and the checkpoints.
 """
 
 import contextlib
@@ -90,7 +90,7 @@ class Args:
     search: whole = 512  # stage 2: problems to search the first orders on (paper: always 0)
     budget: positive = 5  # stage 2: steps of generation, T
     tau: amount = 0.1  # stage 2: temperature of the posterior
-    orders: Literal["runs", "spread", "paper"] = "runs"  # stage 2 (README; paper: its loss as well)
+    orders: Literal["runs", "spread", "paper"] = "runs"  # stage 2; paper: its loss as well (README)
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: for the trunks' matrices; AdamW the rest
     accumulate: positive = 1  # split each step into so many micro-batches
     problems: whole = 500  # held-out problems in the closing table (of a file up to 256); 0: none
@@ -139,8 +139,8 @@ class Run:
         self.args, self.tokenizer, self.device = args, tokenizer, torch.device(args.device)
         shape = (tokenizer.vocab_size, args.max_len, *SIZES[args.size])
         ids = (tokenizer.mask_id, tokenizer.eos_id)
-        rope_bf16 = args.init is not None
-        self.config = mdmvi.ModelConfig(*shape, *ids, args.canvas_len, rope_bf16)
+        more = {"canvas_len": args.canvas_len, "rope_bf16": args.init is not None}
+        self.config = mdmvi.ModelConfig(*shape, *ids, **more)
         torch.manual_seed(args.seed)
         self.denoiser = mdmvi.Denoiser(self.config).to(self.device)
         self.policy = self.posterior = self.plain = None  # plain: the baseline's denoiser
@@ -191,8 +191,8 @@ class Run:
         self.denoiser, self.policy, self.posterior, self.plain = models
         try:
             self.stage, self.step = STAGES[STAGES.index(state["stage"])], int(state["step"])
-            self.logged, self.optimizers = int(state["logged"]), list(state["optimizers"])
             if self.args.resume:
+                self.logged, self.optimizers = int(state["logged"]), list(state["optimizers"])
                 self.generator.set_state(state["generator"].cpu())
         except RuntimeError:
             where = f"does not fit the device {self.device}: go on where it was written"
@@ -250,7 +250,7 @@ def stage_groups(run, stage):
         return groups, args.order_steps + searched, n
     run.denoiser.requires_grad_(args.order_lr > 0)
     if args.orders == "runs":
-        run.posterior.trunk.wte.requires_grad_(False)  # as in start_from
+        run.posterior.trunk.wte.requires_grad_(False)  # RunPosterior.start_from, after --resume too
     networks = (run.denoiser, run.policy, run.posterior)
     rates = (args.order_lr, args.head_lr, 0.1 * args.head_lr)
     groups = mdmvi.parameter_groups(*networks, *rates)
@@ -279,7 +279,7 @@ def stage_loss(run, stage, data, n):
     return order_loss(*networks, tokens.long(), canvas, *settings)
 
 
-def train_step(run, stage, step, steps, data, n, optimizers):
+def train_step(run, stage, steps, data, n, optimizers):
     """One update on n problems, in micro-batches: loss and kl [2], still on the device."""
     total, parts = 0.0, run.args.accumulate
     for _ in range(parts):
@@ -287,7 +287,7 @@ def train_step(run, stage, step, steps, data, n, optimizers):
             loss, kl = stage_loss(run, stage, data, n // parts)
         (loss / parts).backward()
         total = total + torch.stack((loss.detach(), kl)) / parts
-    mdmvi.update(optimizers, step, steps)
+    mdmvi.update(optimizers, run.step, steps)
     return total
 
 
@@ -345,7 +345,7 @@ def train_stage(run, data, stop, log):
         total, since, began = 0.0, 0, time.perf_counter()
         saved = began
         while run.step < steps:
-            total = total + train_step(run, stage, run.step, steps, data, n, optimizers)
+            total = total + train_step(run, stage, steps, data, n, optimizers)
             since += 1
             run.step += 1
             bar.update()
@@ -445,8 +445,6 @@ def main(argv=None):
         if run.policy is not None or run.stage not in ("order", "done"):
             raise UserError(f"{args.start} is no plain.pt: give the file as it was before stage 2")
         run.stage, run.step = "order", 0  # or it was a run of stage 1 alone, which is done
-        run.generator.manual_seed(args.seed)
-        run.logged = 0
         if run.plain is None and args.order_lr > 0:  # a run with a frozen denoiser had no baseline
             run.stage, run.plain = "baseline", copy.deepcopy(run.denoiser)
         run.save(out / "checkpoint.pt")

@@ -170,7 +170,12 @@ def make_step(run, stage, data):
     """A function that takes a training step of a stage, half-way through it."""
     groups, steps, n = train.stage_groups(run, stage)
     optimizers = make_optimizers(groups, run.args.optimizer)
-    return lambda: train.train_step(run, stage, steps // 2, steps, data, n, optimizers)
+
+    def step():
+        run.step = steps // 2
+        train.train_step(run, stage, steps, data, n, optimizers)
+
+    return step
 
 
 def stage_peaks(run, data):

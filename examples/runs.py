@@ -8,8 +8,8 @@ of the steps that the paper's free scores need. It suits text whose neighbours c
 together. To copy it: this file and mdmvi.py (the README's snippet).
 """
 
-import contextlib
 import math
+from contextlib import nullcontext
 
 import torch
 import torch.nn as nn
@@ -18,20 +18,20 @@ from tqdm import tqdm
 
 import mdmvi
 
-SEARCH_STEPS, SEARCH_BATCH = 200, 32  # of the posterior's training on the cuts that were searched
+SEARCH_STEPS, SEARCH_BATCH = 200, 32  # of the posterior's training, once all runs are measured
 
 
 class RunPosterior(mdmvi.OrderPosterior):
-    """An `OrderPosterior` whose orders are runs: log alpha falls by up to SPACING at each position.
+    """An `OrderPosterior` whose orders are runs: log alpha falls by up to 1 at each position.
 
-    A cut is a sigmoid in front of each position, sharpened by SHARPEN; log alpha is minus SPACING
-    times the sum of the cuts up to a position. When each token has a number of its own, errors of
-    about tau put tokens that belong together into different steps; here a run moves as one. SPACING
-    is meant for tau <= 0.1: then even a cut of 0.5 lowers log alpha by 5 tau, which keeps two runs
-    in different steps. It starts as a soft front from the left.
+    A cut is a sigmoid in front of each position, sharpened by SHARPEN; log alpha is minus the sum
+    of the cuts up to a position. When each token has a number of its own, errors of about tau put
+    tokens that belong together into different steps; here a run moves as one. It is meant for
+    tau <= 0.1: then even a cut of 0.5 lowers log alpha by 5 tau, which keeps two runs in different
+    steps. It starts as a soft front from the left.
     """
 
-    SPACING, SHARPEN = 1.0, 2.0
+    SHARPEN = 2.0
 
     def __init__(self, config):
         super().__init__(config)
@@ -40,7 +40,7 @@ class RunPosterior(mdmvi.OrderPosterior):
 
     def forward(self, tokens, canvas):
         cut = (self.SHARPEN * self.scores(tokens, canvas)).sigmoid()
-        return -self.SPACING * (cut * canvas).cumsum(1)
+        return -(cut * canvas).cumsum(1)
 
     def start_from(self, denoiser):
         """Copy embedding, first blocks and norm of a `Denoiser`: it can read. Returns itself.
@@ -84,13 +84,13 @@ def canvas_positions(canvas, L):
 
 
 @torch.no_grad()
-def run_log_prob(denoiser, tokens, canvas):
+def run_log_prob(denoiser, tokens, canvas, L=None):
     """log p_theta of every run, nats fp32 [B, L, L + 1], from one denoiser pass a canvas place.
 
     Entry [:, i, j] is for the places i .. j - 1 of known solutions, revealed together after all
-    before i; it is 0 for j <= i. L is the length of the batch's longest canvas.
+    before i; it is 0 for j <= i. L, the most places a canvas has, is by default that of the batch.
     """
-    L = int(canvas.sum(1).max())
+    L = L or int(canvas.sum(1).max())
     position, _ = canvas_positions(canvas, L)
     before, values = canvas.cumsum(1) - 1, []
     for i in range(L):
@@ -102,20 +102,12 @@ def run_log_prob(denoiser, tokens, canvas):
 def cut_loss(posterior, tokens, canvas, values, budget, optimism=0.0, price=0.3):
     """Teaches a `RunPosterior` where to cut: a loss in nats per canvas token (scalar).
 
-    It is minus the expected log p_theta of a solution that is revealed in runs, plus `price` nats
-    for each run: a cut must gain more than that. values: fp32 [B, L, L + 1], as `run_log_prob`
-    returns them; L may exceed the longest canvas. Cuts are drawn one by one from sigmoid(scores),
-    not yet sharpened; the mean over all cuts is exact. V_t(i), what can be had
-    from place i on in t steps, is E_j [values(i, j) - price + V_{t-1}(j)]. With optimism a > 0 it
-    is log E_j exp(a [...]) / a, between the mean and the maximum: begun with a high one that falls
-    to 0 (`search_optimism`), training first finds out which cuts can be good at all, and gets stuck
-    less often.
-    Raises ValueError on a budget below 2 or an optimism below 0.
+    Minus the expected log p_theta of solutions revealed in runs, plus `price` nats a run. Cuts are
+    drawn one by one from sigmoid(scores), not sharpened; the mean over all cuts is exact: from
+    place i on, t steps are worth V_t(i) = E_j [values(i, j) - price + V_{t-1}(j)]. optimism a > 0:
+    log E_j exp(a [...]) / a, nearer the maximum, so that good cuts are found before they are drawn.
+    values: fp32 [B, L, L + 1], as from `run_log_prob`; L may exceed the longest canvas. T = budget.
     """
-    if budget < 2:
-        raise ValueError(f"budget is {budget}: with one step there is nothing to cut")
-    if optimism < 0:
-        raise ValueError(f"optimism is {optimism}: it must not be below 0")
     L, values = values.shape[1], values - price
     position, used = canvas_positions(canvas, L)
     scores = posterior.scores(tokens, canvas).gather(1, position)
@@ -137,38 +129,31 @@ def cut_loss(posterior, tokens, canvas, values, budget, optimism=0.0, price=0.3)
     return -(to_come[:, 0] / canvas.sum(1)).mean()
 
 
-def search_optimism(done):
-    """`optimism` of `cut_loss` when a share of its steps is done: from 10 straight to 0 at 3/4."""
-    return 10 * max(0.0, 1 - done / 0.75)
-
-
 def search_cuts(
-    denoiser,
-    posterior,
-    tokens,
-    canvas,
-    budget,
-    optimizers,
-    generator=None,
-    forward=contextlib.nullcontext,
+    denoiser, posterior, tokens, canvas, budget, optimizers, generator=None, forward=nullcontext
 ):
     """Teach a `RunPosterior` the best cuts of some known solutions under the denoiser.
 
     tokens int [M, N], clean; canvas bool [M, N]; optimizers: of the groups of
-    `mdmvi.parameter_groups(None, None, posterior)`; forward() is a context for passes, as autocast.
-    Costs a pass of each problem for each canvas place, and SEARCH_STEPS steps of the posterior.
+    `mdmvi.parameter_groups(None, None, posterior)`; forward() is a new context for each forward
+    pass, as autocast keeps the weights that it has cast. Costs a pass of each problem for each
+    canvas place, and SEARCH_STEPS steps of the posterior. Raises ValueError on a budget below 2.
     """
+    if budget < 2:
+        raise ValueError(f"budget is {budget}: with one step there is nothing to cut")
+    L, values = int(canvas.sum(1).max()), []
     parts = list(zip(tokens.split(64), canvas.split(64)))
-    with forward():
-        bar = tqdm(parts, desc="search", unit="batch", mininterval=1.0)
-        values = torch.cat([run_log_prob(denoiser, x.long(), on) for x, on in bar])
+    for x, on in tqdm(parts, desc="search", unit="batch", mininterval=1.0):
+        with forward():
+            values.append(run_log_prob(denoiser, x.long(), on, L))
+    values = torch.cat(values)
     bar = tqdm(range(SEARCH_STEPS), desc="cuts", unit="step", mininterval=1.0)
     for step in bar:
         shape = (SEARCH_BATCH,)
         rows = torch.randint(len(values), shape, device=values.device, generator=generator)
         data = (tokens[rows].long(), canvas[rows], values[rows])
+        optimism = 10 * max(0.0, 1 - step / SEARCH_STEPS / 0.75)  # none in the last quarter
         with forward():
-            optimism = search_optimism(step / SEARCH_STEPS)
             loss = cut_loss(posterior, *data, budget, optimism)
         loss.backward()
         mdmvi.update(optimizers, step, SEARCH_STEPS)

@@ -224,8 +224,7 @@ def parse_args(argv):
     add("--steps", type=positive, default=1000, help="training steps")
     add("--seed", type=int, default=0, help="seed of the weights and of every draw")
     add_device(parser)
-    args = parser.parse_args(argv)
-    return args
+    return parser.parse_args(argv)
 
 
 def main(argv=None):

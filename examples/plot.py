@@ -2,7 +2,7 @@
 
     python eval_gsm8k.py --sweep 1 2 3 4 5 6 8 --json rows.json
     python -m examples.plot rows.json --out steps.png                 # needs matplotlib
-    python -m examples.plot rows.json out10/results.json --out steps.png
+    python -m examples.plot rows.json out10/results.json --paper paper/results.json --out steps.png
 
 Takes the rows that eval_gsm8k.py and train.py write, of one run or of several (other budgets).
 """
@@ -73,18 +73,21 @@ def points(rows, name, key):
     return sorted(best.items())
 
 
-def draw(rows, path, title=""):
+def draw(rows, path, title="", paper=()):
     """Right answers, or whole solutions, against steps: learned orders are dots, rules lines.
 
     Rules are drawn from the rows of the sweep, which are of one run, or from all if there are none.
+    Learned orders of `paper` are squares, those of `rows` circles.
     """
     plt, key = pyplot(), measure(rows)
     figure, axes = plt.subplots(figsize=(7.5, 4.5))
-    learned = [row for row in rows if row["method"] == "learned"]
-    for i, row in enumerate(sorted(learned, key=lambda row: row["average_steps"])):
+    hollow = {"markersize": 8, "markerfacecolor": "none", "markeredgewidth": 2, "zorder": 3}
+    dots = [("ko", row) for row in rows] + [("ks", row) for row in paper]
+    dots = [(marker, row) for marker, row in dots if row["method"] == "learned"]
+    names = {"ko": "learned, with its T", "ks": "the paper's orders"}
+    for i, (marker, row) in enumerate(sorted(dots, key=lambda dot: dot[1]["average_steps"])):
         dot = (row["average_steps"], 100 * row[key])
-        hollow = {"markersize": 8, "markerfacecolor": "none", "markeredgewidth": 2, "zorder": 3}
-        axes.plot(*dot, "ko", label=None if i else "learned, with its T", **hollow)
+        axes.plot(*dot, marker, label=names.pop(marker, None), **hollow)
         right, up, align = SIDES[i % 2]
         beside = {"textcoords": "offset points", "xytext": (right, up), "ha": align, "zorder": 4}
         axes.annotate(str(row["budget"]), dot, fontsize=8, fontweight="bold", **beside)
@@ -114,11 +117,14 @@ def main(argv=None):
         "--out", type=writable, metavar="FILE", help="draw the picture there: .png, .svg or .pdf"
     )
     parser.add_argument("--title", default="", help="what stands above the picture")
+    parser.add_argument(
+        "--paper", nargs="+", default=[], metavar="FILE", help="of --orders paper: drawn as squares"
+    )
     args = parser.parse_args(argv)
     rows = read_rows(args.rows)
     print(f"steps at which a rule is as often right ({measure(rows)})\n\n{catching_up(rows)}")
     if args.out:
-        draw(rows, args.out, args.title)
+        draw(rows, args.out, args.title, read_rows(args.paper) if args.paper else [])
 
 
 if __name__ == "__main__":

@@ -108,6 +108,17 @@ def test_every_dot_has_its_label(files):
     assert sides[0] == sides[2] != sides[1]
 
 
+def test_orders_of_the_paper_are_squares(files):
+    plt = pytest.importorskip("matplotlib.pyplot", reason="matplotlib is not installed")
+    (files / "paper.json").write_text(json.dumps([row("learned", "", 9, 9.0, 0.99), ROWS[2]]))
+    assert call("rows.json", "--paper", "paper.json", "--out", "order.svg") == 0
+    marks = [(x.get_marker(), x.get_xdata()[0], x.get_label()) for x in plt.gcf().axes[0].lines]
+    squares = [(x, label) for marker, x, label in marks if marker == "s"]
+    assert squares == [(9.0, "the paper's orders")]
+    circles = [label for marker, _, label in marks if marker == "o"]
+    assert circles[0] == "learned, with its T" and len(circles) == 2
+
+
 def test_points_are_of_the_best_model():
     shares = ((4.0, 0.2), (3.96, 0.3), (2.0, 0.0))
     rows = [{"method": "iid", "average_steps": s, "answered": share} for s, share in shares]

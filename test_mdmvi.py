@@ -2255,8 +2255,9 @@ def test_accumulating_is_the_mean_of_the_parts(trained, monkeypatch):
         return factor * weight.sum(), torch.tensor(kl)
 
     monkeypatch.setattr(train, "stage_loss", loss_of)
-    total = train.train_step(run, "plain", 1, None, 4, [])
-    assert torch.allclose(weight.grad, torch.full_like(weight, 5.0)) and len(steps) == 1
+    run.step = 3
+    total = train.train_step(run, "plain", 9, None, 4, [])
+    assert torch.allclose(weight.grad, torch.full_like(weight, 5.0)) and steps == [([], 3, 9)]
     assert total.tolist() == pytest.approx([5 * len(weight), 0.3])
 
 

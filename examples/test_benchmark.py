@@ -47,6 +47,7 @@ def test_steps_of_both_stages_pass_as_many_sequences(orders):
         passed.clear()
         benchmark.make_step(run, stage, data)()
         sums.append(sum(passed))
+        assert run.step == train.stage_groups(run, stage)[1] // 2  # half-way, as the rates are
     assert sums == [flags.batch, flags.batch]
 
 

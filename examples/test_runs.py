@@ -141,7 +141,9 @@ def test_search_cuts_finds_where_a_cut_pays(monkeypatch):
     tokens = torch.stack((first, first + 2), 2).flatten(1)
     canvas = torch.arange(4).repeat(128, 1) > 0
     canvas[64:, 1] = False  # the second batch has shorter canvases
-    posterior, entered = runs.RunPosterior(tiny_config()), []
+    posterior, entered, hopes = runs.RunPosterior(tiny_config()), [], []
+    cut_loss = runs.cut_loss
+    monkeypatch.setattr(runs, "cut_loss", lambda *a: hopes.append(a[5]) or cut_loss(*a))
 
     @contextlib.contextmanager
     def forward():
@@ -152,6 +154,8 @@ def test_search_cuts_finds_where_a_cut_pays(monkeypatch):
     optimizers, generator = [torch.optim.AdamW(groups)], torch.Generator().manual_seed(0)
     runs.search_cuts(Pairs(), posterior, tokens, canvas, 3, optimizers, generator, forward)
     assert len(entered) == 2 + runs.SEARCH_STEPS
+    falling = [10.0 * (1 - step / 150) for step in range(150)]  # optimism: none in the last quarter
+    assert hopes == pytest.approx([*falling, *[0.0] * 50])
     cuts = posterior.scores(tokens, canvas).sigmoid()
     assert (cuts[:, 3] > 0.9).all() and (cuts[:64, 2] < 0.1).all()
     with pytest.raises(ValueError, match="budget is 1: with one step there is nothing to cut"):

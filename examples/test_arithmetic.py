@@ -164,11 +164,14 @@ def test_the_answer_is_judged_by_all_solutions():
         assert eval_gsm8k.judge(text, problem) == (answered, solved)
 
 
-def test_the_command_line():
-    line = [sys.executable, "-m", "examples.arithmetic", "--problems", "3", "--held-out"]
-    for extra, draw in ([], arithmetic.shopping), (["--task", "carries"], arithmetic.carries):
-        done = subprocess.run(line + extra, cwd=ROOT, capture_output=True, text=True, check=True)
-        assert [json.loads(x) for x in done.stdout.splitlines()] == draw(3, 0, True)
+def test_the_command_line(capsys):
+    flags = ["--problems", "3", "--held-out"]
+    line = [sys.executable, "-m", "examples.arithmetic", *flags]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert [json.loads(x) for x in done.stdout.splitlines()] == arithmetic.shopping(3, 0, True)
+    arithmetic.main([*flags, "--task", "carries"])
+    out = capsys.readouterr().out
+    assert [json.loads(x) for x in out.splitlines()] == arithmetic.carries(3, 0, True)
 
 
 def test_more_held_out_questions_than_there_are():

@@ -17,6 +17,7 @@ import json
 import lzma
 import math
 import os
+import platform
 import random
 import re
 import runpy
@@ -2778,6 +2779,28 @@ def test_a_file_that_must_not_be_written(tmp_path, monkeypatch):
     for name in ("rows.json", "rows.json/new.json"):
         with pytest.raises(command_line.UserError, match="cannot write"):
             command_line.writable(str(tmp_path / name))
+
+
+def test_memory_is_kept_for_the_next_step():
+    resource = pytest.importorskip("resource", reason="page faults are not counted here")
+    if platform.libc_ver()[0] != "glibc":
+        pytest.skip("the C library is not glibc")
+
+    def faults():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        blocks = [torch.ones(2**20) for _ in range(16)]  # 64 MiB, 16,384 pages
+        del blocks
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    command_line.keep_memory()
+    faults()
+    assert faults() < 4000
+
+
+@pytest.mark.parametrize("library", [lambda name: object(), None])
+def test_a_c_library_that_is_not_glibc(monkeypatch, library):
+    monkeypatch.setattr(command_line.ctypes, "CDLL", library)
+    command_line.keep_memory()
 
 
 def test_ctrl_c_as_a_process(trained, tmp_path):

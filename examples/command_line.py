@@ -1,6 +1,8 @@
 """What the scripts share: types of flags, plain tables, one line for what the user can mend."""
 
 import argparse
+import contextlib
+import ctypes
 import os
 import sys
 from pathlib import Path
@@ -91,8 +93,18 @@ def complain(message):
     sys.exit(2)
 
 
+def keep_memory():
+    """Have glibc keep what is freed, as a step needs as much as the last one: faster on a CPU."""
+    trim_threshold, mmap_threshold = -1, -3  # M_... in malloc.h
+    with contextlib.suppress(AttributeError, TypeError):  # there is no glibc
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(mmap_threshold, 2**25)  # larger blocks go back, as they do without this
+
+
 def run_main(main):
     """Run a script: what the user can mend is one line on stderr and exit code 2, Ctrl-C is 130."""
+    keep_memory()
     try:
         try:
             main()

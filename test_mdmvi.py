@@ -2793,8 +2793,7 @@ def test_memory_is_kept_for_the_next_step():
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
     command_line.keep_memory()
-    faults()
-    assert faults() < 4000
+    assert min(faults() for _ in range(10)) < 1000  # the first find a heap with holes
 
 
 @pytest.mark.parametrize("library", [lambda name: object(), None])

@@ -141,7 +141,7 @@ def test_live_bytes_by_hand():
 
 
 def test_memory_has_a_row_for_each(capsys, monkeypatch):
-    monkeypatch.setattr(mdmvi, "STRATEGIES", ("learned",))
+    monkeypatch.setattr(mdmvi, "STRATEGIES", ("learned", "entropy"))
     benchmark.main([*SMALL, "--batch", "8", "--budget", "2", "--memory"])
     out = capsys.readouterr().out
     assert out.count("scoring 128 with") == 2 * len(mdmvi.STRATEGIES)

@@ -254,7 +254,8 @@ def log_one_minus(log_p):
     """log(1 - exp(log_p)) for log_p <= 0; log 1e-6 with gradient 0 where p is above 1 - 1e-6.
 
     That does no harm where rho = 1: the KL multiplies it by 1 - rho = 0, and `draw_path` never
-    counts it, as such a place is always revealed.
+    counts it, as such a place is always revealed. Only where two scores are within 1e-6 tau of each
+    other, but not alike, is the gradient not exact.
     """
     return torch.log(-torch.expm1(log_p.clamp(max=-1e-6)))
 

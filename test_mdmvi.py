@@ -611,6 +611,10 @@ def test_draw_step():
     assert torch.allclose(p, torch.tensor([share[k] for k in s.tolist()]), atol=1e-5)
     s, p = mdmvi.draw_step(certain, canvas, 2, TAU, 3, rng(0))
     assert (s == 1).all() and torch.allclose(p, torch.ones(20000))  # at T = 2 there is no choice
+    certain = torch.stack((certain[0], torch.tensor([0.0, -100, -100, -100, -100])))  # a second row
+    s, p = mdmvi.draw_step(certain, canvas[:2], 9, TAU, 3, rng(0))  # that takes two steps
+    expected = [share[s[0].item()], 0.2 / 8 + (0.8 if s[1] == 1 else 0)]
+    assert p.tolist() == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("order_loss", ORDER_LOSSES)
@@ -2149,6 +2153,24 @@ def test_what_is_trained_on_which_flags(
     }
     expected = next(kind for name, kind in kinds.items() if name in more)
     assert (type(models.policy), type(models.posterior)) == expected
+
+
+@pytest.mark.parametrize("orders", ["runs", "spread", "paper"])
+def test_the_flags_of_stage_2_reach_its_loss(trained, monkeypatch, orders):
+    more = f"--orders {orders} --budget 4 --tau 0.2 --paths 2".split()
+    run, seen = (
+        train.Run(train.parse_args([*map(str, flags(trained)), *more]), small_tokenizer()),
+        [],
+    )
+    run.begin_orders()
+    name = "order_loss" if orders == "paper" else "importance_order_loss"
+    monkeypatch.setattr(mdmvi, name, lambda *args: seen.append(args))
+    data = torch.arange(40, dtype=torch.int32).view(2, 20), torch.ones(2, 20).bool()
+    train.stage_loss(run, "order", data, 3)
+    (networks, (tokens, canvas), settings) = seen[0][:3], seen[0][3:5], seen[0][5:]
+    assert networks == (run.denoiser, run.policy, run.posterior)
+    assert tokens.dtype == torch.int64 and tokens.shape == canvas.shape == (3, 20)
+    assert settings == (4, 0.2, 1 if orders == "spread" else 2, run.generator)
 
 
 def test_posterior_and_policy_start_from_the_timetable_found(trained, monkeypatch):

@@ -9,8 +9,8 @@ A rule that looks at x_s alone has one path to each x_0, so its bound is the log
 tokens along that path. "spread" is the timetable of examples/spread.py before the search;
 "searched" is the one after it, for such orders only, both on the plain model. "best runs" is no
 bound but a ceiling: each solution is known and cut where its probability is highest, and the order
-costs no KL. An order of runs from the left has no more with this denoiser. Intervals: 95%,
-bootstrap over problems; the last column is of the differences on the same problems.
+costs no KL. Runs from the left with sharp borders, rho 0 or 1, have no more with this denoiser.
+Intervals: 95%, bootstrap over problems; the last column is of the differences on the same problems.
 """
 
 import sys

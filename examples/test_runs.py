@@ -58,6 +58,14 @@ def test_run_posterior():
             assert log_alpha[row, i].item() == pytest.approx(-level, abs=1e-5)
 
 
+def test_a_new_posterior_is_a_soft_front_from_the_left():
+    """At tau = 0.1, rho falls to 1 / e in eight places: each step reveals about as many."""
+    tokens, canvas = problems()
+    log_rho = runs.RunPosterior(tiny_config())(tokens, canvas).diff() / 0.1
+    assert torch.allclose(log_rho[canvas[:, 1:]], torch.tensor(-1 / 8), atol=0.01)
+    assert (log_rho[~canvas[:, 1:]] == 0).all()
+
+
 def test_run_posterior_starts_from_the_denoiser():
     model, (tokens, canvas) = mdmvi.Denoiser(tiny_config(n_layer=3)), problems()
     posterior = runs.RunPosterior(model.config).start_from(model)

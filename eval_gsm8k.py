@@ -16,6 +16,7 @@ import os
 import re
 import sys
 from collections import Counter
+from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -155,11 +156,15 @@ def load_checkpoint(path, device="cpu"):
         args, config = checkpoint["args"], mdmvi.ModelConfig(**checkpoint["config"])
         pieces = checkpoint["tokenizer"]  # or the text of a tokenizer.json
         tokenizer = LlamaTokenizer(pieces) if isinstance(pieces, str) else Tokenizer(pieces)
-        if tokenizer.vocab_size != config.vocab_size or args["budget"] < 1:
+        if tokenizer.vocab_size != config.vocab_size or not 0 < args["tau"] < math.inf:
             raise ValueError
-        orders = make_orders(args["orders"], config, args["budget"])
+        if not all(type(getattr(config, field.name)) is field.type for field in fields(config)):
+            raise TypeError
+        orders = make_orders(args["orders"], config, positive(str(args["budget"])))
         networks = (mdmvi.Denoiser(config), *orders, mdmvi.Denoiser(config))
         states = [checkpoint[name] for name in Models._fields]
+        if states[0] is None or (states[1] is None) != (states[2] is None):
+            raise ValueError
         for network, state in zip(networks, states):
             if state is not None:
                 network.to(device).load_state_dict(state)
@@ -324,6 +329,8 @@ def print_scores(
             results.append((row, result))
             bar.set_postfix_str(f"{row['method']} {100 * row['answered']:.1f}%", refresh=False)
     rows = [row for row, _ in results]
+    if json_file:  # first, as nobody may read the table
+        Path(json_file).write_text(json.dumps(rows, indent=1) + "\n")
     precision = "TF32" if device.type == "cuda" else "fp32"
     note = f"{precision}; p: exact McNemar test, learned against a rule"
     print(f"\n{len(problems)} problems, {note}\n\n{table(rows)}")
@@ -331,8 +338,6 @@ def print_scores(
         if row["method"] == "learned":
             print(f"\nlearned order, T={row['budget']}, by number of equations\n")
             print(by_length(problems, result))
-    if json_file:
-        Path(json_file).write_text(json.dumps(rows, indent=1) + "\n")
 
 
 # ------------------------------------------------------------------------------------------------

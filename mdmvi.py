@@ -22,8 +22,10 @@ torch.Generator on the tensors' device, or None for the global one. Log-probabil
 
 A denoiser is any object with `denoiser(tokens)` -> hidden [B, N, D], `denoiser.logits(hidden)`
 for hidden [M, D] -> [M, V], -inf for MASK, and the attributes `mask_id` and, for EOS_RULES,
-`eos_id`. An optional `canvas_len` is the most places a canvas has: on a GPU a canvas with more
-makes losses and bounds nan.
+`eos_id`. M may be 0; hidden has the dtype of the policy's weights; there is no dropout (eval mode
+is left to the caller). An optional `canvas_len` is the most places a canvas has: on a GPU a batch
+with more of them to a row makes losses and bounds nan. What lies off the canvas is the prompt,
+padding too: a pad token needs a row of every embedding, and the networks here attend to it.
 A policy maps (hidden, masked) -> pi_logits [B, N]. A posterior maps (tokens, canvas) -> log_alpha
 [B, N]; only its differences matter.
 """
@@ -46,7 +48,8 @@ import torch.nn.functional as F
 class ModelConfig:
     """Shape of a denoiser. `mask_id` lies inside the vocabulary or is equal to `vocab_size`; then
     only the embedding has a row for it. `canvas_len` is the most places a canvas has (0: any
-    number). `rope_bf16` rounds the rotary tables as SMDM did."""
+    number). `rope_bf16` rounds the rotary tables as SMDM did. Raises ValueError where the width of
+    a head would not be even."""
 
     vocab_size: int
     max_len: int
@@ -58,6 +61,10 @@ class ModelConfig:
     eos_id: int
     canvas_len: int = 0
     rope_bf16: bool = False
+
+    def __post_init__(self):
+        if self.n_embd % (2 * self.n_head):
+            raise ValueError(f"n_embd {self.n_embd} is no multiple of 2 n_head, {2 * self.n_head}")
 
 
 def rotary_tables(head_size, length, rope_bf16):

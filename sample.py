@@ -124,7 +124,8 @@ def read_args(argv):
 
 def main(argv=None):
     args = read_args(argv)
-    prompt = (sys.stdin.read() if args.prompt is None else args.prompt).strip()
+    given = sys.stdin and args.prompt is None  # there may be no standard input
+    prompt = (sys.stdin.read() if given else args.prompt or "").strip()
     if not prompt:
         raise UserError("the prompt is empty: give it as an argument or on standard input")
     checkpoint, tokenizer, models = eval_gsm8k.load_checkpoint(args.checkpoint, args.device)

@@ -38,6 +38,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from tqdm import tqdm
 
 import eval_gsm8k
 import mdmvi
@@ -1843,6 +1844,56 @@ def test_ctrl_c_while_a_stage_is_saved(trained, tmp_path, monkeypatch, capsys, s
     assert alike(tmp_path / "checkpoint.pt", trained / "out" / "checkpoint.pt")
 
 
+class Unread(tqdm):
+    """A bar into a pipe whose reader has left."""
+
+    def update(self, n=1):
+        raise BrokenPipeError
+
+    def close(self):
+        closed = self.disable
+        super().close()
+        if not closed:
+            raise BrokenPipeError
+
+
+@pytest.mark.parametrize("at, code", [(3, 130), (None, 0)])
+def test_nobody_reads_the_bar(trained, tmp_path, monkeypatch, at, code):
+    """As in `python train.py 2>&1 | tee log`, where Ctrl-C ends tee before a step is done."""
+    interrupt(monkeypatch, at)
+    monkeypatch.setattr(train, "tqdm", Unread)
+    assert call(train, *flags(trained), "--out", tmp_path) == code
+    if at:
+        assert state_of(tmp_path / "checkpoint.pt")["step"] == at
+    else:
+        assert alike(tmp_path / "checkpoint.pt", trained / "out" / "checkpoint.pt")
+
+
+def test_rows_are_written_before_the_table(trained, tmp_path, monkeypatch):
+    def fail(rows):
+        raise command_line.UserError("nobody reads it")
+
+    monkeypatch.setattr(eval_gsm8k, "table", fail)
+    args = scored(trained, "--strategies", "iid", "--json", tmp_path / "rows.json")
+    assert call(eval_gsm8k, *args) == 2
+    assert len(json.loads((tmp_path / "rows.json").read_text())) == 3
+
+
+def test_a_cpu_without_enough_memory(capsys):
+    assert call(types.SimpleNamespace(main=lambda _: torch.empty(2**60))) == 2
+    complaint(capsys, "too little memory: lower --batch or")
+
+
+def test_names_of_several_lines(capsys):
+    assert call(sample, "Ann", "--checkpoint", "a\nb.pt") == 2
+    complaint(capsys, "no checkpoint at a b.pt: give")
+
+
+def test_config_refuses_odd_heads():
+    with pytest.raises(ValueError, match="n_embd 12 is no multiple of 2 n_head, 8"):
+        mdmvi.ModelConfig(5, 8, 1, 4, 12, 8, mask_id=5, eos_id=0)
+
+
 def test_a_second_ctrl_c_stops_at_once(trained, tmp_path, monkeypatch):
     def twice(*args):
         signal.raise_signal(signal.SIGINT)
@@ -2496,6 +2547,11 @@ BAD = [
     (train, f"{AGAIN} --size small", "has --size tiny, not small: give its"),
     (train, f"{AGAIN} --max-len 65", "has --max-len 64, not 65: give its"),
     (train, f"{AGAIN} --seed 1", "has --seed 0, not 1: give its"),
+    (train, f"{AGAIN} --orders paper", "has --orders runs, not paper: give its"),
+    (train, f"{AGAIN} --orders spread", "has --orders runs, not spread: give its"),
+    (train, "--batch 2147483648", "--batch: 2147483648 is not in 1 .. 2.31 - 1"),
+    (train, "--start=", "--start is empty: give a value, or leave the flag out"),
+    (train, "--data=", "--data is empty: give a value, or leave the flag out"),
     (train, f"{AGAIN} --data other.jsonl", "has --data .*, not other.jsonl: give its"),
     (train, f"{TRAIN} new --data other.jsonl --start {{plain}}", "another vocabulary: give"),
     (train, f"{TRAIN} new --size small --start {{plain}}", "has --size tiny, not small"),
@@ -2509,7 +2565,7 @@ BAD = [
     (eval_gsm8k, "--checkpoint {good} --data digits.jsonl", "digits.jsonl line 1 is not JSON"),
     (eval_gsm8k, f"{SCORE} --device meta", "--device meta is not there: choose"),
     (eval_gsm8k, f"{SCORE} --device hpu", "--device hpu is not there: choose"),
-    (train, f"{TRAIN} new --max-len 1000000000000", "too little memory: lower --batch or"),
+    (train, f"{TRAIN} new --max-len 1000000000000", "max-len: 1000000000000 is not in 1 .. 2.31"),
     *(
         pytest.param(*case, "seed")
         for case in (
@@ -2686,6 +2742,14 @@ DAMAGE = {
     "more pieces": lambda state: state["tokenizer"].append(" more"),
     "pieces of another type": changed("tokenizer", value=5),
     "no budget": lambda state: state["args"].pop("budget"),
+    "half a step as budget": changed("args", "budget", value=2.5),
+    "no tau": lambda state: state["args"].pop("tau"),
+    "tau is nan": changed("args", "tau", value=math.nan),
+    "heads that do not fit the width": changed("config", "n_head", value=3),
+    "a length that is text": changed("config", "canvas_len", value="x"),
+    "half a place": changed("config", "max_len", value=20.5),
+    "an empty denoiser": changed("denoiser", value=None),
+    "a policy alone": changed("posterior", value=None),
 }
 
 
@@ -2706,6 +2770,7 @@ def test_a_checkpoint_whose_parts_do_not_fit(trained, tmp_path, capsys, name):
     "damage",
     [without("plain"), without("optimizers"), without("args")]
     + [changed("stage", value="end"), changed("step", value="x"), changed("generator", value=5)]
+    + [changed("step", value=math.inf), changed("step", value=-1), changed("step", value=1)]
     + [changed("optimizers", value=[{}]), changed("generator", value=torch.ones(3))]
     + [changed("generator", value=torch.zeros(16, dtype=torch.uint8))],  # as CUDA has it
 )

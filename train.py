@@ -41,6 +41,7 @@ from examples.command_line import (
     positive,
     run_main,
     usable_device,
+    while_read,
     whole,
 )
 from examples.muon import make_optimizers
@@ -114,6 +115,9 @@ def parse_args(argv=None):
     args = Args(**vars(parser.parse_args(argv)))
     if args.tau == 0:
         raise UserError("--tau must be above 0")
+    for name in ("data", "out", "start", "init"):
+        if getattr(args, name) == "":
+            raise UserError(f"--{name} is empty: give a value, or leave the flag out")
     if args.batch % args.accumulate or args.order_batch % args.accumulate:
         raise UserError(f"--accumulate {args.accumulate} must divide --batch and --order-batch")
     if args.orders == "paper":
@@ -191,13 +195,16 @@ class Run:
         self.denoiser, self.policy, self.posterior, self.plain = models
         try:
             self.stage, self.step = STAGES[STAGES.index(state["stage"])], int(state["step"])
+            trained = {"baseline": self.plain, "order": self.policy}.get(self.stage, self.denoiser)
+            if self.step < 0 or (self.step > 0 and trained is None):
+                raise ValueError
             if self.args.resume:
                 self.logged, self.optimizers = int(state["logged"]), list(state["optimizers"])
                 self.generator.set_state(state["generator"].cpu())
         except RuntimeError:
             where = f"does not fit the device {self.device}: go on where it was written"
             raise UserError(f"{path} has a generator that {where}, or use --start")
-        except (AttributeError, KeyError, TypeError, ValueError):
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
             raise UserError(f"{path} is damaged (generator or stage): train again")
 
 
@@ -348,7 +355,7 @@ def train_stage(run, data, stop, log):
             total = total + train_step(run, stage, steps, data, n, optimizers)
             since += 1
             run.step += 1
-            bar.update()
+            while_read(bar.update)
             saving = stop or time.perf_counter() - saved > SAVE_EVERY
             if saving or run.step % 20 == 0 or run.step == steps:
                 loss, kl = (total / since).tolist()  # the only place that waits for the device
@@ -367,8 +374,10 @@ def train_stage(run, data, stop, log):
                 run.save(path, optimizers)
                 saved = time.perf_counter()
                 if stop:
+                    while_read(bar.close)
                     where = f"stopped at {stage} step {run.step}"
                     raise KeyboardInterrupt(f"{where}; go on with --resume")
+        while_read(bar.close)
 
 
 def search_timetable(run, tokens, canvas):
@@ -439,7 +448,8 @@ def main(argv=None):
     fit = f"{len(data[0]):,} problems ({len(problems) - len(data[0]):,} do not fit)"
     print(f"{fit}, {size}, seed {args.seed}, {run.device}", flush=True)
     if args.resume:
-        run.load(out / "checkpoint.pt", [name for name in asdict(args) if name not in MAY_DIFFER])
+        others = [name for name in asdict(args) if name not in MAY_DIFFER]
+        run.load(out / "checkpoint.pt", ["orders", *others])  # which sets other flags
     elif args.start:
         run.load(args.start, MUST_MATCH)
         if run.policy is not None or run.stage not in ("order", "done"):

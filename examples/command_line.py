@@ -20,7 +20,8 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
     """Keep the examples as written, and show every default that is set."""
 
     def _get_help_string(self, action):
-        return action.help if action.default is None else super()._get_help_string(action)
+        unset = action.default in (None, "", (), [])
+        return action.help if unset else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
@@ -38,8 +39,8 @@ def at_least(least, kind=int):
 
     def number(text):
         value = kind(text)
-        if not least <= value < 2**63:
-            raise argparse.ArgumentTypeError(f"{value} is not in {least} .. 2^63 - 1")
+        if not least <= value < 2**31:
+            raise argparse.ArgumentTypeError(f"{value} is not in {least} .. 2^31 - 1")
         return value
 
     return number
@@ -89,8 +90,15 @@ def aligned(lines):
 
 def complain(message):
     """Leave with one line on stderr and exit code 2."""
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    line = " ".join(str(message).splitlines())  # a file's name may have several
+    print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
     sys.exit(2)
+
+
+def while_read(write):
+    """Call write(), whose reader may have left: `tee` does on Ctrl-C, before the run is saved."""
+    with contextlib.suppress(BrokenPipeError):
+        write()
 
 
 def keep_memory():
@@ -105,13 +113,17 @@ def keep_memory():
 def run_main(main):
     """Run a script: what the user can mend is one line on stderr and exit code 2, Ctrl-C is 130."""
     keep_memory()
+    with contextlib.suppress(AttributeError):  # there may be no standard output
+        sys.stdout.reconfigure(errors="replace")  # for what its encoding lacks
     try:
         try:
             main()
         finally:  # argparse leaves by SystemExit after --help
-            sys.stdout.flush()
+            if sys.stdout:
+                sys.stdout.flush()
     except KeyboardInterrupt as stop:  # train.py says where
-        print(str(stop) or "stopped", file=sys.stderr)
+        with contextlib.suppress(BrokenPipeError):
+            print(str(stop) or "stopped", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # the reader, head say, has seen enough; nothing to flush to it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -47,7 +47,8 @@ class RunPosterior(mdmvi.OrderPosterior):
 
         The embedding is frozen: with a large vocabulary it is most of the cost. Both need one
         config, but for the lengths: RuntimeError where width or vocabulary differ, KeyError where
-        the denoiser has too few blocks; another number of heads is not noticed.
+        the denoiser has too few blocks, AttributeError where it is no `Denoiser` (then leave this
+        out). Another number of heads is not noticed.
         """
         state = denoiser.trunk.state_dict()
         self.trunk.load_state_dict({name: state[name] for name in self.trunk.state_dict()})

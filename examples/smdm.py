@@ -109,6 +109,7 @@ class LlamaTokenizer:
             raise UserError(f"this tokenizer.json has {size} pieces: give the one of TinyLlama")
 
     def encode(self, text):
+        text = text.encode("utf-8", "replace").decode()  # half a character is no text to it
         return self.bpe.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids):

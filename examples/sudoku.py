@@ -414,11 +414,11 @@ def main(argv=None):
     train_policy(denoiser, policy, data, budget, generator)
     learned, uniform = bounds(denoiser, policy, *(x[:256] for x in answers), budget, args.seed)
     rows = score(denoiser, policy, puzzles, blank, budget, args.seed)
+    if args.json:
+        Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
     print(f"\nELBO at T={budget}, nats per blank, {min(256, len(puzzles))} held-out puzzles:")
     print(f"  learned order          {learned:.4f}\n  uniform random order   {uniform:.4f}")
     print_table(rows)
-    if args.json:
-        Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

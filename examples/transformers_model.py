@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import mdmvi
 from examples import runs
-from examples.command_line import Parser, UserError, add_device, positive, run_main
+from examples.command_line import Parser, UserError, add_device, positive, run_main, whole
 from examples.gsm8k import read_records
 
 BOTH_WAYS = {"is_causal": False, "use_cache": False}  # BERT-like models attend so anyway
@@ -120,6 +120,7 @@ def encode_file(path, tokenizer, denoiser, max_len):
         texts = [columns.get(key) for key in ("question", "answer")]
         if not all(isinstance(text, str) for text in texts):
             raise UserError(f"{where} has no texts question and answer: mend or remove it")
+        texts = [text.encode("utf-8", "replace").decode() for text in texts]  # half a character
         prompt = tokenizer.encode(texts[0])
         answer = tokenizer.encode(texts[1], add_special_tokens=False)
         if max(prompt + answer, default=0) >= denoiser.model.config.vocab_size:
@@ -222,7 +223,7 @@ def parse_args(argv):
     add("--budget", type=positive, default=5, help="steps of generation, T")
     add("--block-len", type=positive, default=16, help="tokens in a block, when decoding in blocks")
     add("--steps", type=positive, default=1000, help="training steps")
-    add("--seed", type=int, default=0, help="seed of the weights and of every draw")
+    add("--seed", type=whole, default=0, help="seed of the weights and of every draw")
     add_device(parser)
     return parser.parse_args(argv)
 

@@ -397,13 +397,13 @@ def main(argv=None):
     args, recipe = parse_args(argv)
     if args.sudoku:
         rows = run_sudoku(recipe, args.seed, args.device)
-        print_sudoku(rows, recipe)
     else:
         kinds = dict.fromkeys(args.data or WEIGHTS)
         rows = [row for kind in kinds for row in run_pairs(kind, recipe, args.seed, args.device)]
-        print_pairs(rows, recipe)
     if args.json:
         Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
+    print_rows = print_sudoku if args.sudoku else print_pairs
+    print_rows(rows, recipe)
 
 
 if __name__ == "__main__":

@@ -160,7 +160,8 @@ def load_checkpoint(path, device="cpu"):
             raise ValueError
         if not all(type(getattr(config, field.name)) is field.type for field in fields(config)):
             raise TypeError
-        orders = make_orders(args["orders"], config, positive(str(args["budget"])))
+        budget = positive(str(args["budget"]))  # raises for what the flag would not take
+        orders = make_orders(args["orders"], config, budget)
         networks = (mdmvi.Denoiser(config), *orders, mdmvi.Denoiser(config))
         states = [checkpoint[name] for name in Models._fields]
         if states[0] is None or (states[1] is None) != (states[2] is None):

@@ -2209,16 +2209,14 @@ def test_what_is_trained_on_which_flags(
 @pytest.mark.parametrize("orders", ["runs", "spread", "paper"])
 def test_the_flags_of_stage_2_reach_its_loss(trained, monkeypatch, orders):
     more = f"--orders {orders} --budget 4 --tau 0.2 --paths 2".split()
-    run, seen = (
-        train.Run(train.parse_args([*map(str, flags(trained)), *more]), small_tokenizer()),
-        [],
-    )
+    args = train.parse_args([*map(str, flags(trained)), *more])
+    run, seen = train.Run(args, small_tokenizer()), []
     run.begin_orders()
     name = "order_loss" if orders == "paper" else "importance_order_loss"
     monkeypatch.setattr(mdmvi, name, lambda *args: seen.append(args))
     data = torch.arange(40, dtype=torch.int32).view(2, 20), torch.ones(2, 20).bool()
     train.stage_loss(run, "order", data, 3)
-    (networks, (tokens, canvas), settings) = seen[0][:3], seen[0][3:5], seen[0][5:]
+    networks, (tokens, canvas), settings = seen[0][:3], seen[0][3:5], seen[0][5:]
     assert networks == (run.denoiser, run.policy, run.posterior)
     assert tokens.dtype == torch.int64 and tokens.shape == canvas.shape == (3, 20)
     assert settings == (4, 0.2, 1 if orders == "spread" else 2, run.generator)

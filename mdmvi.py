@@ -18,14 +18,15 @@ hidden (M_s). `tokens` are the clean sequence x_0, int64 [B, N], always; x_s is 
 replaced by MASK. M_0 is the whole canvas; a path is M_0, M_1, ... as drawn from q. `generator` is a
 torch.Generator on the tensors' device, or None for the global one. Log-probabilities are in nats.
 (R) marks what is rebuilt from summaries of [F]: the policy's input, the posterior's form, the loss.
-(ours) marks what is not in [F]. No network is told the step s, only which tokens are masked.
+(ours) marks our own changes and rules. No network is told the step s, only what is masked.
 
 A denoiser is any object with `denoiser(tokens)` -> hidden [B, N, D], `denoiser.logits(hidden)`
 for hidden [M, D] -> [M, V], -inf for MASK, and the attributes `mask_id` and, for EOS_RULES,
 `eos_id`. M may be 0; hidden has the dtype of the policy's weights; there is no dropout (eval mode
-is left to the caller). An optional `canvas_len` is the most places a canvas has: on a GPU a batch
-with more of them to a row makes losses and bounds nan. What lies off the canvas is the prompt,
-padding too: a pad token needs a row of every embedding, and the networks here attend to it.
+is left to the caller). An optional `canvas_len` is the most places a canvas has: on a GPU losses
+and bounds are nan where a batch has more masked places than rows times canvas_len. What lies off
+the canvas is the prompt, padding too: a pad token needs a row of every embedding, and the networks
+here attend to it.
 A policy maps (hidden, masked) -> pi_logits [B, N]. A posterior maps (tokens, canvas) -> log_alpha
 [B, N]; only its differences matter.
 """
@@ -186,7 +187,8 @@ class UnmaskPolicy(nn.Module):
 def token_log_prob(denoiser, tokens, masked):
     """One pass on x_s: (log p_theta(x_0^i | x_s) fp32 [B, N], 0 off M_s; hidden [B, N, D]).
 
-    Logits are computed where they are scored, at M_s. All is nan where a GPU had no room for M_s.
+    Logits are computed where they are scored, at M_s. All is nan where M_s is larger than
+    `canvas_len` allows on a GPU.
     """
     hidden = denoiser(tokens.masked_fill(masked, denoiser.mask_id))
     # What follows is -cross_entropy(logits(hidden[masked]), tokens[masked]), put at M_s
@@ -619,9 +621,9 @@ def parameter_groups(denoiser, policy, posterior, lr=1e-3, policy_lr=3e-3, poste
 
     "params" are pairs (name, parameter), as torch's optimisers take them. A network that is None,
     frozen or no nn.Module has no group. "warm_up" is the share of the steps in which the rate
-    rises. It is long for a posterior beside a policy: a new policy makes every order look bad (high
-    KL), and at its full rate the posterior would leave a good one, as a search has found it
-    (examples/runs.py), before the policy has learned it.
+    rises. The posterior's is long where a policy is trained too: a new policy makes every order
+    look bad (high KL), and at full rate the posterior would leave the good order that a search has
+    found (examples/runs.py) before the policy has learned it.
     """
     groups = []
     for name, network, peak, share in (

@@ -113,7 +113,7 @@ def read_args(argv):
     add("prompt", nargs="?", help="the problem (default: read from standard input)")
     add("--checkpoint", default="out/checkpoint.pt", help="what train.py wrote")
     names = {"choices": ["learned", *eval_gsm8k.RULES], "default": ["learned"]}
-    add("--strategy", nargs="+", help="one or several, behind the prompt", **names)
+    add("--strategy", nargs="+", help="one or several, given after the prompt", **names)
     add("--budget", type=positive, help="steps (default: the budget it was trained for)")
     add("--temperature", type=amount, default=0.0, help="0: the most likely token")
     add("--seed", type=whole, default=0, help="seed of the draws")

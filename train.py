@@ -69,7 +69,7 @@ class Args:
     """The flags of a run, kept in checkpoints. A field's annotation is the flag's type or choices,
     its comment the text of --help."""
 
-    data: str = "shopping"  # or carries; a .json/.jsonl(.gz/.xz) file, folder or hub name
+    data: str = "shopping"  # shopping, carries, or a .json/.jsonl(.gz/.xz) file, folder or hub name
     answers: Literal["equations", "full"] = "equations"  # of GSM8K's: the <<...>> notes, or all
     out: str = "out"  # folder for checkpoint.pt, plain.pt, log.jsonl and results.json
     resume: bool = False  # go on from OUT/checkpoint.pt
@@ -185,11 +185,14 @@ class Run:
     def load(self, path, same):
         """Go on from a checkpoint. Raises UserError where a flag of `same` or its text differs."""
         state, tokenizer, models = eval_gsm8k.load_checkpoint(path, self.device)
-        for name in same:
-            here, there = getattr(self.args, name), state["args"].get(name)
-            if there != here:
-                flag = "--" + name.replace("_", "-")
-                raise UserError(f"{path} has {flag} {there}, not {here}: give its {flag}")
+        pairs = {name: (state["args"].get(name), getattr(self.args, name)) for name in same}
+        differ = [
+            f"--{name.replace('_', '-')} {there}, not {here}"
+            for name, (there, here) in pairs.items()
+            if there != here
+        ]
+        if differ:
+            raise UserError(f"{path} has {'; '.join(differ)}: give its flags")
         if tokenizer.pieces != self.tokenizer.pieces:
             raise UserError(f"{path} has another vocabulary: give the --data it was trained with")
         self.denoiser, self.policy, self.posterior, self.plain = models
@@ -448,8 +451,7 @@ def main(argv=None):
     fit = f"{len(data[0]):,} problems ({len(problems) - len(data[0]):,} do not fit)"
     print(f"{fit}, {size}, seed {args.seed}, {run.device}", flush=True)
     if args.resume:
-        others = [name for name in asdict(args) if name not in MAY_DIFFER]
-        run.load(out / "checkpoint.pt", ["orders", *others])  # which sets other flags
+        run.load(out / "checkpoint.pt", [name for name in asdict(args) if name not in MAY_DIFFER])
     elif args.start:
         run.load(args.start, MUST_MATCH)
         if run.policy is not None or run.stage not in ("order", "done"):

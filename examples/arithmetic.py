@@ -146,7 +146,7 @@ TASKS = {"shopping": shopping, "carries": carries}
 
 def main(argv=None):
     parser = Parser(__doc__)
-    parser.add_argument("--task", choices=TASKS, default="shopping", help="which of the two")
+    parser.add_argument("--task", choices=TASKS, default="shopping", help="whose problems to print")
     parser.add_argument("--problems", type=positive, default=10, help="how many")
     parser.add_argument("--seed", type=whole, default=0, help="seed of the draws")
     parser.add_argument("--held-out", action="store_true", help="test problems, not training ones")

@@ -457,7 +457,7 @@ def scoring(strategy, temperature):
 
 def print_memory(run, flags):
     """Peaks of everything at this shape, and the paper's 45,000 + 15,000 steps in FLOP."""
-    problems, rows = run.args.order_batch, [("peak, GiB", "", "accumulate 2", "4", "8")]
+    problems, rows = run.args.order_batch, [("peak, GiB; accumulate:", "1", "2", "4", "8")]
     for stage in STAGES:
         parts = [n for n in (1, 2, 4, 8) if problems % n == 0]
         cells = [f"{peak_bytes(run, flags, n, training(stage)) / 2**30:.1f}" for n in parts]

@@ -13,6 +13,7 @@ import itertools
 import json
 import lzma
 import re
+import sys
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -82,6 +83,8 @@ def load_gsm8k(data, answers="equations", split="train"):
         raise UserError(
             f"{data} holds no problem: give .json or .jsonl (.gz, .xz), an object a line"
         )
+    if answers == "equations" and not any("=" in problem["answer"] for problem in problems):
+        print(f"{data} has no <<...>> notes: only #### N is kept of each answer", file=sys.stderr)
     return problems
 
 

@@ -112,7 +112,7 @@ def draw(rows, path, title="", paper=()):
 
 def main(argv=None):
     parser = Parser(__doc__)
-    parser.add_argument("rows", nargs="+", help="files of eval_gsm8k.py --json or train.py")
+    parser.add_argument("rows", nargs="+", help="of eval_gsm8k.py --json; table: with --sweep")
     parser.add_argument(
         "--out", type=writable, metavar="FILE", help="draw the picture there: .png, .svg or .pdf"
     )
@@ -122,7 +122,10 @@ def main(argv=None):
     )
     args = parser.parse_args(argv)
     rows = read_rows(args.rows)
-    print(f"steps at which a rule is as often right ({measure(rows)})\n\n{catching_up(rows)}")
+    if any(row["match"] == "sweep" for row in rows):
+        print(f"steps at which a rule is as often right ({measure(rows)})\n\n{catching_up(rows)}")
+    else:
+        print("no table of when rules catch up: it needs rows of eval_gsm8k.py --sweep")
     if args.out:
         draw(rows, args.out, args.title, read_rows(args.paper) if args.paper else [])
 

@@ -184,7 +184,9 @@ def main(argv=None):
     from eval_gsm8k import load_checkpoint  # which imports this file
 
     parser = Parser(__doc__)
-    parser.add_argument("command", choices=("check", "to-safetensors"), help="which of the two")
+    parser.add_argument(
+        "command", choices=("check", "to-safetensors"), help="test, or write a .safetensors file"
+    )
     parser.add_argument("file", help="SMDM file to check, or checkpoint.pt of train.py to export")
     parser.add_argument("out", nargs="?", help="the file that to-safetensors writes")
     args = parser.parse_args(argv)

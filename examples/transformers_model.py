@@ -5,7 +5,8 @@
 The model is BERT-like, or LLaMA-like and trained to fill in masks: its attention is made to go both
 ways. Its code must be part of transformers (pip install transformers). A line of --data is
 {"question", "answer"}; what the model expects between the two belongs to the question. The last
-tenth of the data, at most 64 problems, is held out.
+tenth of the data, at most 64 problems, is held out. Nothing is saved: to keep policy and posterior,
+copy the functions below.
 """
 
 import math
@@ -221,7 +222,12 @@ def parse_args(argv):
     add("--mask-id", type=int, help="the token that stands for MASK (default: the model tells)")
     add("--canvas-len", type=positive, default=64, help="tokens in the canvas")
     add("--budget", type=positive, default=5, help="steps of generation, T")
-    add("--block-len", type=positive, default=16, help="tokens in a block, when decoding in blocks")
+    add(
+        "--block-len",
+        type=positive,
+        default=16,
+        help="tokens in a block, one step each at least",
+    )
     add("--steps", type=positive, default=1000, help="training steps")
     add("--seed", type=whole, default=0, help="seed of the weights and of every draw")
     add_device(parser)

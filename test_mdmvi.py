@@ -1312,6 +1312,16 @@ def put_rows(path, rows):
     return str(path)
 
 
+def test_answers_without_notes_are_told_of(tmp_path, capsys):
+    rows = [{"question": "2 and 3?", "answer": "2 + 3 is 5.\n#### 5"}]
+    path = put_rows(tmp_path / "a.jsonl", rows)
+    assert gsm8k.load_gsm8k(path) == [{"question": "2 and 3?", "answer": "#### 5"}]
+    assert capsys.readouterr().err.count("no <<...>> notes") == 1
+    assert gsm8k.load_gsm8k(path, "full")[0]["answer"].startswith("2 + 3")
+    gsm8k.load_gsm8k(put_rows(tmp_path / "b.jsonl", ROWS))
+    assert capsys.readouterr().err == ""
+
+
 def test_data_files_of_both_layouts(tmp_path):
     expected = gsm8k.load_gsm8k(put_rows(tmp_path / "a.jsonl", ROWS))
     assert expected[0] == {

@@ -70,6 +70,13 @@ def test_prints_what_several_files_say(files, capsys):
     assert plot.catching_up(ROWS) in capsys.readouterr().out
 
 
+def test_without_a_sweep_there_is_no_table(files, capsys):
+    (files / "few.json").write_text(json.dumps([r for r in ROWS if r["match"] != "sweep"]))
+    assert call("few.json") == 0
+    out = capsys.readouterr().out
+    assert "--sweep" in out and "catches up" not in out
+
+
 def test_picture(files):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     for name, start in (("order.png", b"\x89PNG"), ("order.svg", b"<?xml")):

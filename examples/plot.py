@@ -113,7 +113,7 @@ def draw(rows, path, title="", paper=()):
 def main(argv=None):
     parser = Parser(__doc__)
     parser.add_argument(
-        "rows", nargs="+", help="files of eval_gsm8k.py --json (the table needs --sweep) or train.py"
+        "rows", nargs="+", help="files of eval_gsm8k.py --json (table: with --sweep) or train.py"
     )
     parser.add_argument(
         "--out", type=writable, metavar="FILE", help="draw the picture there: .png, .svg or .pdf"

@@ -41,6 +41,8 @@ from examples.smdm import LlamaTokenizer
 
 SEPARATOR = "||"  # between question and answer, as in SMDM's fine-tuning data
 VERSION = 8  # of the checkpoints
+# Of a run, each with a network that it needs
+STAGES = {"plain": "denoiser", "baseline": "plain", "order": "policy", "done": "denoiser"}
 RULES = [*mdmvi.RULES, *mdmvi.EOS_RULES]
 
 
@@ -170,6 +172,15 @@ def load_checkpoint(path, device="cpu"):
             if state is not None:
                 network.to(device).load_state_dict(state)
         models = Models(*(state and network for network, state in zip(networks, states)))
+        for key, kind in {"step": int, "logged": int, "optimizers": list}.items():
+            if type(checkpoint[key]) is not kind:
+                raise TypeError
+        if min(checkpoint["step"], checkpoint["logged"]) < 0:
+            raise ValueError
+        if getattr(models, STAGES[checkpoint["stage"]]) is None and checkpoint["step"] > 0:
+            raise ValueError
+        if checkpoint["generator"].dtype is not torch.uint8:
+            raise TypeError
     except UserError:
         raise
     except Exception as error:  # torch raises many kinds for a file that is cut off or not its own

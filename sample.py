@@ -6,7 +6,6 @@
 What a step reveals stands in brackets, "_" is still masked, a dot is EOS.
 """
 
-import html
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import torch
 
 import eval_gsm8k
 import mdmvi
+from examples import page
 from examples.command_line import (
     Parser,
     UserError,
@@ -25,36 +25,6 @@ from examples.command_line import (
     writable,
 )
 
-STYLES = """
-body { font: 16px/1.6 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; color: #222 }
-.canvas { font-family: ui-monospace, monospace; line-height: 2.4 }
-.canvas span { display: inline-block; min-width: 1ch; padding: .1rem .25rem; margin: 1px;
-  border-radius: 4px; text-align: center; white-space: pre }
-.canvas sub { font-size: .6em; opacity: .7 }
-.hidden { background: #eee !important; color: transparent !important }
-.hidden sub { color: #999 }
-.new { outline: 2px solid #d33 }
-input { width: 20rem; vertical-align: middle }
-"""
-
-SCRIPT = """
-const bar = document.getElementById("step"), at = document.getElementById("at");
-function draw() {
-  at.textContent = bar.value;
-  for (const e of document.querySelectorAll("[data-step]")) {
-    e.classList.toggle("hidden", +e.dataset.step >= +bar.value);
-    e.classList.toggle("new", +e.dataset.step == +bar.value - 1);
-  }
-}
-bar.oninput = draw;
-document.onkeydown = (e) => {
-  if (e.target == bar) return;
-  if (e.key == "ArrowRight") { bar.stepUp(); draw(); }
-  if (e.key == "ArrowLeft") { bar.stepDown(); draw(); }
-};
-draw();
-"""
-
 
 def token_text(tokenizer, token):
     """One token as it is shown: EOS is a dot, a line break an arrow, a stray byte a box."""
@@ -63,9 +33,8 @@ def token_text(tokenizer, token):
     return tokenizer.decode([token]).replace("\n", "⏎").replace("\ufffd", "▯")
 
 
-def show_steps(tokenizer, tokens, reveal_step, steps):
+def show_steps(texts, reveal_step, steps):
     """Lines of text: the canvas after each step with its new tokens in brackets, and the order."""
-    texts = [token_text(tokenizer, t) for t in tokens]
     lines = []
     for step in range(steps):
         cells = []
@@ -80,31 +49,6 @@ def show_steps(tokenizer, tokens, reveal_step, steps):
     order = (f"{text.strip() or '␣'}:{s + 1}" for text, s in zip(texts, reveal_step))
     lines.append("order:  " + " ".join(order))
     return lines
-
-
-def shade(step, steps):
-    """Background of a token revealed at `step`: dark early, light late."""
-    return f"hsl(215 70% {45 + 45 * step / max(1, steps - 1):.0f}%)"
-
-
-def page(prompt, results, tokenizer):
-    """One self-contained HTML page for [(title, tokens, reveal_step, steps)]."""
-    most = max(steps for _, _, _, steps in results)
-    slider = f"<input id=step type=range min=0 max={most} value={most}> <b id=at></b>"
-    parts = [f"<h1>Order of generation</h1><p>{html.escape(prompt)}</p>"]
-    parts.append(f"<p><label>after step {slider}</label> (arrow keys work too)</p>")
-    for title, tokens, reveal_step, steps in results:
-        cells = []
-        for token, step in zip(tokens, reveal_step):
-            color = "#fff" if step < steps / 2 else "#222"
-            style = f"background:{shade(step, steps)};color:{color}"
-            text = html.escape(token_text(tokenizer, token))
-            cell = f"{text}<sub>{step + 1}</sub>"
-            cells.append(f'<span data-step={step} style="{style}">{cell}</span>')
-        parts.append(f"<h2>{html.escape(title)}</h2><div class=canvas>{''.join(cells)}</div>")
-    head = "<meta charset=utf-8><title>Order of generation</title>"
-    body = f"<body>{''.join(parts)}<script>{SCRIPT}</script></body>"
-    return f"<!doctype html><html lang=en>{head}<style>{STYLES}</style>{body}</html>\n"
 
 
 def read_args(argv):
@@ -148,12 +92,13 @@ def main(argv=None):
         }
         out = mdmvi.generate(models.denoiser, *data, name, budget, **options)
         row, on, steps = out.tokens[0].cpu(), canvas[0], int(out.steps[0])
-        results.append((name, row[on].tolist(), out.reveal_step[0].cpu()[on].tolist(), steps))
+        texts = [token_text(tokenizer, token) for token in row[on].tolist()]
+        results.append((name, texts, out.reveal_step[0].cpu()[on].tolist(), steps))
         print(f"{name}, {steps} steps")
-        print("\n".join(show_steps(tokenizer, *results[-1][1:])))
+        print("\n".join(show_steps(*results[-1][1:])))
         print(f"answer:\n{eval_gsm8k.answer_text(tokenizer, row, on)}\n")
     if args.html:
-        text = page(prompt, results, tokenizer)
+        text = page.page(prompt, results)
         Path(args.html).write_text(text, encoding="utf-8", errors="replace")
 
 

@@ -14,7 +14,6 @@ examples/arithmetic.py and gsm8k.py; here are the flags, the loop and the checkp
 import contextlib
 import copy
 import functools
-import inspect
 import json
 import math
 import os
@@ -55,7 +54,6 @@ SIZES = {
     "30m": (8, 8, 512, 1536),
     "170m": (18, 12, 768, 3072),
 }
-STAGES = ("plain", "baseline", "order", "done")
 MIDDLE = (0.2, 0.7)  # mask rates: below, a sum can be copied; above, its numbers are hidden
 TIMETABLE_PASSES = 400  # of the search for a timetable, on each of its problems
 HELD_OUT = 256  # problems kept from training on a file; the closing bounds are taken on so many
@@ -102,7 +100,7 @@ class Args:
 def parse_args(argv=None):
     """Args from the command line; raises UserError for what is out of range."""
     parser = Parser(__doc__)
-    helps = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Args), re.M))
+    helps = dict(re.findall(r"^    (\w+): .*?  # (.*)$", Path(__file__).read_text("utf-8"), re.M))
     for field in fields(Args):
         options = {"default": field.default, "help": helps[field.name]}
         if field.type is bool:
@@ -185,30 +183,25 @@ class Run:
     def load(self, path, same):
         """Go on from a checkpoint. Raises UserError where a flag of `same` or its text differs."""
         state, tokenizer, models = eval_gsm8k.load_checkpoint(path, self.device)
-        pairs = {name: (state["args"].get(name), getattr(self.args, name)) for name in same}
+        there, here = state["args"], asdict(self.args)
         differ = [
-            f"--{name.replace('_', '-')} {there}, not {here}"
-            for name, (there, here) in pairs.items()
-            if there != here
+            f"--{name.replace('_', '-')} {there.get(name)}, not {here[name]}"
+            for name in same
+            if there.get(name) != here[name]
         ]
         if differ:
             raise UserError(f"{path} has {'; '.join(differ)}: give its flags")
         if tokenizer.pieces != self.tokenizer.pieces:
             raise UserError(f"{path} has another vocabulary: give the --data it was trained with")
         self.denoiser, self.policy, self.posterior, self.plain = models
-        try:
-            self.stage, self.step = STAGES[STAGES.index(state["stage"])], int(state["step"])
-            trained = {"baseline": self.plain, "order": self.policy}.get(self.stage, self.denoiser)
-            if self.step < 0 or (self.step > 0 and trained is None):
-                raise ValueError
-            if self.args.resume:
-                self.logged, self.optimizers = int(state["logged"]), list(state["optimizers"])
+        self.stage, self.step = state["stage"], state["step"]
+        if self.args.resume:
+            self.logged, self.optimizers = state["logged"], state["optimizers"]
+            try:
                 self.generator.set_state(state["generator"].cpu())
-        except RuntimeError:
-            where = f"does not fit the device {self.device}: go on where it was written"
-            raise UserError(f"{path} has a generator that {where}, or use --start")
-        except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
-            raise UserError(f"{path} is damaged (generator or stage): train again")
+            except RuntimeError:
+                where = f"does not fit the device {self.device}: go on where it was written"
+                raise UserError(f"{path} has a generator that {where}, or use --start")
 
 
 def load_problems(args):
@@ -303,38 +296,34 @@ def train_step(run, stage, steps, data, n, optimizers):
 
 @contextlib.contextmanager
 def compiled(run, stage, data, n):
-    """torch.compile what a step spends its time in, and try it on a micro-batch of this stage."""
+    """torch.compile what a step spends its time in, or go on without it where that fails.
+
+    It is tried on a micro-batch of this stage, which leaves weights and generator as they were.
+    """
     owners = ((mdmvi, "token_log_prob"), (mdmvi, "step_bound"), (mdmvi.OrderPosterior, "scores"))
     with contextlib.ExitStack() as set_back:
         for owner, name in owners if run.args.compile else ():
             function = getattr(owner, name)
             set_back.callback(setattr, owner, name, function)
             setattr(owner, name, torch.compile(function, dynamic=False))
-        if run.args.compile and not compiles(run, stage, data, n):
-            run.args.compile = False
-            set_back.close()
+        if run.args.compile:
+            state = run.generator.get_state()
+            try:
+                with autocast(run.device):
+                    loss, _ = stage_loss(run, stage, data, n // run.args.accumulate)
+                loss.backward()
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # a compiler that is missing or broken raises many kinds
+                why = f"torch.compile does not work here ({type(error).__name__})"
+                print(f"{why}: going on without it", file=sys.stderr)
+                run.args.compile = False
+                set_back.close()
+            for network in (run.denoiser, run.policy, run.posterior, run.plain):
+                if network is not None:
+                    network.zero_grad(set_to_none=True)
+            run.generator.set_state(state)
         yield
-
-
-def compiles(run, stage, data, n):
-    """Does a micro-batch run? It leaves weights and generator as they were."""
-    state = run.generator.get_state()
-    try:
-        with autocast(run.device):
-            loss, _ = stage_loss(run, stage, data, n // run.args.accumulate)
-        loss.backward()
-        return True
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # a compiler that is missing or broken raises many kinds
-        reason = type(error).__name__
-        print(f"torch.compile does not work here ({reason}): going on without it", file=sys.stderr)
-        return False
-    finally:
-        for network in (run.denoiser, run.policy, run.posterior, run.plain):
-            if network is not None:
-                network.zero_grad(set_to_none=True)
-        run.generator.set_state(state)
 
 
 def train_stage(run, data, stop, log):
@@ -383,24 +372,19 @@ def train_stage(run, data, stop, log):
         while_read(bar.close)
 
 
-def search_timetable(run, tokens, canvas):
-    """Posterior and policy take the timetable that is best for some problems under the denoiser."""
-    before = run.posterior.timetable
-    with autocast(run.device):
-        timetable = spread.search_timetable(
-            run.denoiser, tokens, canvas, before, TIMETABLE_PASSES, run.generator
-        )
-    run.posterior.timetable.copy_(timetable)
-    run.policy.follow(timetable)
-
-
-def search_cuts(run, tokens, canvas):
-    """The posterior learns which cuts of some problems are best under the denoiser."""
-    groups = mdmvi.parameter_groups(None, None, run.posterior, posterior_lr=run.args.head_lr)
-    optimizers = make_optimizers(groups, run.args.optimizer)
-    networks, forward = (run.denoiser, run.posterior), functools.partial(autocast, run.device)
-    settings = (run.args.budget, optimizers, run.generator, forward)
-    runs.search_cuts(*networks, tokens, canvas, *settings)
+def search_orders(run, tokens, canvas):
+    """Teach new orders what is best for some problems under the denoiser."""
+    args, forward = run.args, functools.partial(autocast, run.device)
+    if args.orders == "spread":
+        now = (run.posterior.timetable, TIMETABLE_PASSES, run.generator)
+        with forward():
+            timetable = spread.search_timetable(run.denoiser, tokens, canvas, *now)
+        run.posterior.timetable.copy_(timetable)
+        run.policy.follow(timetable)
+    else:
+        groups = mdmvi.parameter_groups(None, None, run.posterior, posterior_lr=args.head_lr)
+        settings = (args.budget, make_optimizers(groups, args.optimizer), run.generator, forward)
+        runs.search_cuts(run.denoiser, run.posterior, tokens, canvas, *settings)
 
 
 def train(run, data):
@@ -418,8 +402,7 @@ def train(run, data):
                 signal.signal(signal.SIGINT, signal.default_int_handler)  # nothing is unsaved here
                 run.begin_orders()
                 if args.search and args.budget > 1:
-                    search = search_cuts if args.orders == "runs" else search_timetable
-                    search(run, *pick(data, args.search, run.generator))
+                    search_orders(run, *pick(data, args.search, run.generator))
             signal.signal(signal.SIGINT, lambda *_: sys.exit(130) if stop else stop.append(1))
             train_stage(run, data, stop, log)
             run.stage, run.step = after[run.stage], 0

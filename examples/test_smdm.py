@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 import types
 from pathlib import Path
@@ -219,10 +218,3 @@ def test_export_of_a_checkpoint(tmp_path, monkeypatch, capsys):
 def test_wrong_command_lines(line):
     with pytest.raises(UserError):
         smdm.main(line)
-
-
-def test_one_line_and_exit_code_2():
-    command = [sys.executable, "-m", "examples.smdm", "to-safetensors", "absent.pt", "absent.st"]
-    done = subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "absent.pt" in done.stderr
-    assert done.stdout == "" and not (ROOT / "absent.st").exists()

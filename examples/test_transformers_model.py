@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-import subprocess
 import sys
 from pathlib import Path
 
@@ -377,9 +376,3 @@ def test_a_problem_with_mask_in_its_answer_is_left_out(bert, tmp_path):
     denoiser, tokenizer = transformers_model.load_model(bert, None, 3, "cpu")
     file = (tmp_path / "p.jsonl", tokenizer, denoiser, 24)
     assert transformers_model.encode_file(*file)[2] == 1
-
-
-def test_exit_code_2():
-    command = [sys.executable, "-m", "examples.transformers_model", "--model", "absent"]
-    done = subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--data" in done.stderr

@@ -2857,10 +2857,10 @@ def test_bad_input_as_a_process(trained, tmp_path):
     no_text = process(*no_text, stdin=subprocess.PIPE, env=strict)
     no_text.stdin.buffer.write(b"caf\xe9")
     example = process("-m", "examples.smdm", "to-safetensors", "absent.pt", tmp_path / "absent.st")
-    other = process("-m", "examples.transformers_model", "--model", "absent")
+    other = process("-m", "examples.transformers_train", "--model", "absent")
     for run, says in (
         (example, "smdm.py: no checkpoint at absent.pt: "),
-        (other, "transformers_model.py: the following arguments are required: --data ("),
+        (other, "transformers_train.py: the following arguments are required: --data ("),
         (no_hub, "train.py: cannot load no/body from the hub ("),
         (absent, "sample.py: no checkpoint at no/such.pt: "),
         (no_text, "sample.py: the input is not UTF-8 text ("),

@@ -1,4 +1,4 @@
-"""Tests of examples/transformers_model.py:  python -m pytest examples/test_transformers_model.py"""
+"""Tests of transformers_model.py and its program, transformers_train.py."""
 
 import itertools
 import json
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import mdmvi
-from examples import runs, transformers_model
+from examples import runs, transformers_model, transformers_train
 from examples.command_line import UserError
 from examples.transformers_model import TransformersDenoiser, generate_blocks
 
@@ -285,7 +285,7 @@ def data(tmp_path):
 
 def short_run(model, data, *more):
     line = ["--model", model, "--data", data, "--canvas-len", "4", "--budget", "2", "--steps", "4"]
-    transformers_model.main([*line, "--block-len", "2", "--device", "cpu", *more])
+    transformers_train.main([*line, "--block-len", "2", "--device", "cpu", *more])
 
 
 @pytest.mark.parametrize("kind", ["Bert", "Llama"])
@@ -318,9 +318,9 @@ def test_program_from_end_to_end(kind, tmp_path, data, capsys, monkeypatch):
 
 
 def test_layout_of_a_file(bert, data):
-    denoiser, tokenizer = transformers_model.load_model(bert, None, 4, "cpu")
+    denoiser, tokenizer = transformers_train.load_model(bert, None, 4, "cpu")
     assert (denoiser.mask_id, denoiser.eos_id) == (MASK, EOS)
-    tokens, canvas, left_out = transformers_model.encode_file(data, tokenizer, denoiser, 24)
+    tokens, canvas, left_out = transformers_train.encode_file(data, tokenizer, denoiser, 24)
     assert tokens.shape == canvas.shape == (19, 7) and left_out == 1
     assert tokens[3].tolist() == [3, 4, 9, 9, 9, EOS, EOS]  # [CLS] twice 3, canvas 3 3 EOS EOS
     assert canvas[3].tolist() == [False] * 3 + [True] * 4
@@ -329,9 +329,9 @@ def test_layout_of_a_file(bert, data):
 def test_prompts_of_different_lengths(bert, tmp_path):
     rows = [{"question": "twice 1 or 2", "answer": "1"}, {"question": "3", "answer": "4 4"}]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    denoiser, tokenizer = transformers_model.load_model(bert, None, 3, "cpu")
+    denoiser, tokenizer = transformers_train.load_model(bert, None, 3, "cpu")
     file = (tmp_path / "p.jsonl", tokenizer, denoiser, 24)
-    tokens, canvas, _ = transformers_model.encode_file(*file)
+    tokens, canvas, _ = transformers_train.encode_file(*file)
     assert tokens.tolist() == [[3, 4, 7, 5, 8, 7, EOS, EOS], [3, 9, 10, 10, EOS, EOS, EOS, EOS]]
     assert [row.nonzero().squeeze(1).tolist() for row in canvas] == [[5, 6, 7], [2, 3, 4]]
 
@@ -373,6 +373,6 @@ def test_bad_input_is_one_line(bert, data, tmp_path, monkeypatch):
 def test_a_problem_with_mask_in_its_answer_is_left_out(bert, tmp_path):
     rows = [{"question": "1", "answer": text} for text in ("1", "2", "[MASK]")]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    denoiser, tokenizer = transformers_model.load_model(bert, None, 3, "cpu")
+    denoiser, tokenizer = transformers_train.load_model(bert, None, 3, "cpu")
     file = (tmp_path / "p.jsonl", tokenizer, denoiser, 24)
-    assert transformers_model.encode_file(*file)[2] == 1
+    assert transformers_train.encode_file(*file)[2] == 1

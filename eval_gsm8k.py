@@ -143,6 +143,20 @@ def make_orders(kind, config, budget):
     return mdmvi.UnmaskPolicy(config), mdmvi.OrderPosterior(config)
 
 
+def check_position(checkpoint, models):
+    """Raises some error where a run could not go on from this checkpoint."""
+    for key, kind in {"step": int, "logged": int, "optimizers": list}.items():
+        if type(checkpoint[key]) is not kind:
+            raise TypeError
+    if min(checkpoint["step"], checkpoint["logged"]) < 0:
+        raise ValueError
+    needed = getattr(models, STAGES[checkpoint["stage"]])
+    if checkpoint["step"] > 0 and needed is None:
+        raise ValueError
+    if checkpoint["generator"].dtype is not torch.uint8:
+        raise TypeError
+
+
 def load_checkpoint(path, device="cpu"):
     """What train.py wrote: (the dict, see train.Run.save; its tokenizer; its Models, on `device`).
 
@@ -172,15 +186,7 @@ def load_checkpoint(path, device="cpu"):
             if state is not None:
                 network.to(device).load_state_dict(state)
         models = Models(*(state and network for network, state in zip(networks, states)))
-        for key, kind in {"step": int, "logged": int, "optimizers": list}.items():
-            if type(checkpoint[key]) is not kind:
-                raise TypeError
-        if min(checkpoint["step"], checkpoint["logged"]) < 0:
-            raise ValueError
-        if getattr(models, STAGES[checkpoint["stage"]]) is None and checkpoint["step"] > 0:
-            raise ValueError
-        if checkpoint["generator"].dtype is not torch.uint8:
-            raise TypeError
+        check_position(checkpoint, models)
     except UserError:
         raise
     except Exception as error:  # torch raises many kinds for a file that is cut off or not its own

@@ -300,29 +300,31 @@ def compiled(run, stage, data, n):
 
     It is tried on a micro-batch of this stage, which leaves weights and generator as they were.
     """
+    if not run.args.compile:
+        yield
+        return
+    state = run.generator.get_state()
     owners = ((mdmvi, "token_log_prob"), (mdmvi, "step_bound"), (mdmvi.OrderPosterior, "scores"))
     with contextlib.ExitStack() as set_back:
-        for owner, name in owners if run.args.compile else ():
+        for owner, name in owners:
             function = getattr(owner, name)
             set_back.callback(setattr, owner, name, function)
             setattr(owner, name, torch.compile(function, dynamic=False))
-        if run.args.compile:
-            state = run.generator.get_state()
-            try:
-                with autocast(run.device):
-                    loss, _ = stage_loss(run, stage, data, n // run.args.accumulate)
-                loss.backward()
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:  # a compiler that is missing or broken raises many kinds
-                why = f"torch.compile does not work here ({type(error).__name__})"
-                print(f"{why}: going on without it", file=sys.stderr)
-                run.args.compile = False
-                set_back.close()
-            for network in (run.denoiser, run.policy, run.posterior, run.plain):
-                if network is not None:
-                    network.zero_grad(set_to_none=True)
-            run.generator.set_state(state)
+        try:
+            with autocast(run.device):
+                loss, _ = stage_loss(run, stage, data, n // run.args.accumulate)
+            loss.backward()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a compiler that is missing or broken raises many kinds
+            why = f"torch.compile does not work here ({type(error).__name__})"
+            print(f"{why}: going on without it", file=sys.stderr)
+            run.args.compile = False
+            set_back.close()
+        for network in (run.denoiser, run.policy, run.posterior, run.plain):
+            if network is not None:
+                network.zero_grad(set_to_none=True)
+        run.generator.set_state(state)
         yield
 
 

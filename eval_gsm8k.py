@@ -41,7 +41,7 @@ from examples.smdm import LlamaTokenizer
 
 SEPARATOR = "||"  # between question and answer, as in SMDM's fine-tuning data
 VERSION = 8  # of the checkpoints
-# Of a run, each with a network that it needs
+# Of a run, each with the network without which it cannot go on
 STAGES = {"plain": "denoiser", "baseline": "plain", "order": "policy", "done": "denoiser"}
 RULES = [*mdmvi.RULES, *mdmvi.EOS_RULES]
 
@@ -96,7 +96,7 @@ class Tokenizer:
 
 
 def encode_problems(problems, tokenizer, config, with_answers=True):
-    """Lay problems out as prompt, canvas of `canvas_len` tokens filled with EOS, then EOS off it.
+    """Lay problems out as prompt, canvas of `canvas_len` tokens filled with EOS, EOS behind it.
 
     Returns (tokens int32 [M, max_len], canvas bool [M, max_len], fits: list of M bools). A problem
     that does not fit has an empty canvas.
@@ -143,8 +143,8 @@ def make_orders(kind, config, budget):
     return mdmvi.UnmaskPolicy(config), mdmvi.OrderPosterior(config)
 
 
-def check_position(checkpoint, models):
-    """Raises some error where a run could not go on from this checkpoint."""
+def check_resumable(checkpoint, models):
+    """Raises KeyError, TypeError or ValueError where no run could go on from this checkpoint."""
     for key, kind in {"step": int, "logged": int, "optimizers": list}.items():
         if type(checkpoint[key]) is not kind:
             raise TypeError
@@ -186,7 +186,7 @@ def load_checkpoint(path, device="cpu"):
             if state is not None:
                 network.to(device).load_state_dict(state)
         models = Models(*(state and network for network, state in zip(networks, states)))
-        check_position(checkpoint, models)
+        check_resumable(checkpoint, models)
     except UserError:
         raise
     except Exception as error:  # torch raises many kinds for a file that is cut off or not its own

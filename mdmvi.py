@@ -416,7 +416,7 @@ def order_elbo(denoiser, policy, posterior, tokens, canvas, budget, tau, samples
 def uniform_elbo(denoiser, tokens, canvas, budget, samples, generator=None):
     """`order_elbo` of uniformly random orders: every token picks its step, so KL = 0.
 
-    rho_i = pi_i = 1 / (T - s). Errors as for `order_elbo`.
+    rho_i = pi_i = 1 / (T - s). Raises ValueError on a budget or samples below 1.
     """
     check_positive(budget=budget, samples=samples)
     total = torch.zeros(len(tokens), device=tokens.device)

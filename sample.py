@@ -1,4 +1,4 @@
-"""Generate for one prompt and show the order: the canvas after each step, or a page of it.
+"""Generate for one prompt and show the order: the canvas after each step; --html: a page too.
 
     python sample.py "Ben has 52 euros. Hats cost 3, 1, 6 or 2. He buys two. What is left?"
     python sample.py --strategy learned left_to_right top_prob+eos --html order.html < prompt.txt

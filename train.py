@@ -68,10 +68,10 @@ class Args:
     its comment the text of --help."""
 
     data: str = "shopping"  # shopping, carries, or a .json/.jsonl(.gz/.xz) file, folder or hub name
-    answers: Literal["equations", "full"] = "equations"  # of GSM8K's: the <<...>> notes, or all
+    answers: Literal["equations", "full"] = "equations"  # kept of GSM8K's: <<...>> notes, or all
     out: str = "out"  # folder for checkpoint.pt, plain.pt, log.jsonl and results.json
     resume: bool = False  # go on from OUT/checkpoint.pt
-    start: str = None  # plain.pt of another run: stage 1 and baseline, as that run's flags had it
+    start: str = None  # plain.pt of another run, with its stage 1 and its baseline as they are
     seed: whole = 0  # of the weights and of every draw in training, not of the problems
     size: Literal[tuple(SIZES)] = "mini"  # shape of the model
     init: str = None  # start from smdm-170m, or a folder with SMDM .safetensors and tokenizer.json
@@ -181,7 +181,7 @@ class Run:
             raise UserError(f"cannot write {path} ({reason}): make room, or give another --out")
 
     def load(self, path, same):
-        """Go on from a checkpoint. Raises UserError where a flag of `same` or its text differs."""
+        """Go on from a checkpoint. Raises UserError where flags of `same` or tokens differ."""
         state, tokenizer, models = eval_gsm8k.load_checkpoint(path, self.device)
         there, here = state["args"], asdict(self.args)
         differ = [

@@ -5,7 +5,7 @@
 The canvas is cut into runs. The posterior says where; a search first teaches it the best cuts of
 some training problems under the denoiser, by dynamic programming. So an order is learned in a tenth
 of the steps that the paper's free scores need. It suits text whose neighbours can be predicted
-together. To copy it: this file and mdmvi.py (the README's snippet).
+together. To copy it: this file, mdmvi.py and tqdm (README).
 """
 
 import math

@@ -103,6 +103,9 @@ def test_models_that_do_not_come_apart_or_look_backwards_are_refused():
     model = transformers.DistilBertForMaskedLM(transformers.DistilBertConfig(vocab_size=V, dim=24))
     with pytest.raises(ValueError, match="DistilBertForMaskedLM is not its parts in a row"):
         TransformersDenoiser(model, MASK, EOS)
+    for ids in ((None, EOS), (MASK, None)):
+        with pytest.raises(ValueError, match="mask_id or eos_id is None"):
+            TransformersDenoiser(model, *ids)
 
 
 # --------------------------------------------------------------------------------------------------

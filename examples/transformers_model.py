@@ -1,8 +1,15 @@
 """A learned order on top of a frozen masked language model of Hugging Face transformers, to copy.
 
-This file needs examples/runs.py, mdmvi.py and tqdm. The model is BERT-like, or LLaMA-like and
-trained to fill in masks: its attention is made to go both ways. examples/transformers_train.py is
-a program around it.
+    denoiser = TransformersDenoiser(model, mask_id, eos_id, canvas_len)
+    policy, posterior = make_networks(denoiser, max_len)
+    learn_order((denoiser, policy, posterior), tokens, canvas, budget=5, steps=1000)
+    out = mdmvi.generate(denoiser, tokens, canvas, "learned", budget=5, policy=policy)
+
+It needs mdmvi.py, runs.py and tqdm. tokens are int64 [M, N], canvas bool [M, N]: true where the
+answer goes, with EOS behind it. Shorter rows are filled up, with EOS say: that belongs to the
+prompt, as the model attends to all of a row, so fill up in the same way when you generate. The
+model is BERT-like, or LLaMA-like and trained to fill in masks: its attention is made to go both
+ways. examples/transformers_train.py is a program around this file.
 """
 
 import math
@@ -13,23 +20,23 @@ from torch import nn
 from tqdm import tqdm
 
 import mdmvi
-from examples import runs
+from examples import runs  # import runs, where it lies beside this file
 
 BOTH_WAYS = {"is_causal": False, "use_cache": False}  # BERT-like models attend so anyway
-TAU = 0.1
-BATCH = 16  # problems a step
-PATHS = 3  # paths a problem
-SEARCHED = 256  # problems whose best runs the posterior learns first
 
 
 class TransformersDenoiser:
     """mdmvi's denoiser around a frozen model of transformers: its base, then the parts of its head.
 
-    canvas_len: the most places a canvas has (0: any number). Raises ValueError where these parts do
-    not make up the model, or where it still looks only backwards.
+    canvas_len: the most places a canvas has; on a GPU logits are computed for as many in each row,
+    and bounds are nan where there are more (0: any number, logits of whole rows). Raises ValueError
+    where mask_id or eos_id is None, where these parts do not make up the model, or where it still
+    looks only backwards.
     """
 
     def __init__(self, model, mask_id, eos_id, canvas_len=0):
+        if mask_id is None or eos_id is None:
+            raise ValueError("mask_id or eos_id is None: the tokenizer has no such token, give one")
         self.model = model.eval().requires_grad_(False)
         self.mask_id, self.eos_id, self.canvas_len = mask_id, eos_id, canvas_len
         self.head = nn.Sequential(*(m for m in model.children() if m is not model.base_model))
@@ -64,7 +71,10 @@ class TransformersDenoiser:
 
 
 def make_networks(denoiser, max_len):
-    """A policy as wide as the model, and a small posterior with an embedding of its own."""
+    """A policy as wide as the model, and a small posterior with an embedding of its own.
+
+    max_len: no row may be longer, in training or later.
+    """
     model, ids = denoiser.model, (denoiser.mask_id, denoiser.eos_id)
     shape = (2, 4, 128, 256)  # layers, heads, width, hidden
     config = mdmvi.ModelConfig(model.config.vocab_size, max_len, *shape, *ids)
@@ -74,21 +84,33 @@ def make_networks(denoiser, max_len):
     return policy.to(model.device), posterior.to(model.device)
 
 
-def learn_order(networks, tokens, canvas, budget, steps, generator=None):
+def learn_order(
+    networks,
+    tokens,
+    canvas,
+    budget,
+    steps,
+    generator=None,
+    tau=0.1,
+    batch=16,
+    paths=3,
+    searched=256,
+):
     """Train the last two of (denoiser, policy, posterior): on the best runs, then on the bound.
 
-    tokens int64 [M, N], clean; canvas bool [M, N]. A step takes BATCH (PATHS + 1) denoiser passes.
+    tokens int64 [M, N], clean; canvas bool [M, N]. The search takes a denoiser pass of each of the
+    `searched` problems for each canvas place, a step `batch` (`paths` + 1) passes. Raises
+    ValueError on a budget below 2.
     """
     denoiser, policy, posterior = networks
-    if budget > 1:
-        optimizer = make_optimizer(mdmvi.parameter_groups(None, None, posterior, posterior_lr=3e-3))
-        known = (tokens[:SEARCHED], canvas[:SEARCHED])
-        runs.search_cuts(denoiser, posterior, *known, budget, [optimizer], generator)
+    optimizer = make_optimizer(mdmvi.parameter_groups(None, None, posterior, posterior_lr=3e-3))
+    known = (tokens[:searched], canvas[:searched])
+    runs.search_cuts(denoiser, posterior, *known, budget, [optimizer], generator)
     optimizer = make_optimizer(mdmvi.parameter_groups(*networks))
     bar = tqdm(range(steps), desc="order", unit="step", mininterval=1.0)
     for step in bar:
-        rows = torch.randint(len(tokens), (BATCH,), device=tokens.device, generator=generator)
-        data = (*networks, tokens[rows], canvas[rows], budget, TAU, PATHS, generator)
+        rows = torch.randint(len(tokens), (batch,), device=tokens.device, generator=generator)
+        data = (*networks, tokens[rows], canvas[rows], budget, tau, paths, generator)
         loss, _ = mdmvi.importance_order_loss(*data)
         loss.backward()
         mdmvi.update([optimizer], step, steps)
@@ -103,7 +125,8 @@ def generate_blocks(denoiser, tokens, canvas, block_len, strategy, budget, **opt
     """Fill the canvas block by block from the left, as LLaDA (arXiv 2502.09992) and Fast-dLLM do.
 
     `mdmvi.generate` is called once for each block_len places, what lies to the right still masked.
-    budget: steps a block; options: those of `generate`. Returns a Generation, its steps counted on.
+    Blocks behind the first EOS cost passes too. budget: steps a block; options: those of
+    `generate`. Returns a Generation whose reveal_step and steps go on from block to block.
     """
     place = canvas.cumsum(1) - 1
     tokens = tokens.masked_fill(canvas, denoiser.mask_id)

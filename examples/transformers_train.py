@@ -4,8 +4,8 @@
 
 The model's code must be part of transformers (pip install transformers). A line of --data is
 {"question", "answer"}; what the model expects between the two belongs to the question. The last
-tenth of the data, at most 64 problems, is held out. Nothing is saved: to keep policy and posterior,
-copy examples/transformers_model.py, which has the method.
+tenth of the data, at most 64 problems, is held out. Nothing is saved. The method is in
+examples/transformers_model.py, to copy.
 """
 
 import math
@@ -18,12 +18,13 @@ import mdmvi
 from examples.command_line import Parser, UserError, add_device, positive, run_main, whole
 from examples.gsm8k import read_records
 from examples.transformers_model import (
-    TAU,
     TransformersDenoiser,
     generate_blocks,
     learn_order,
     make_networks,
 )
+
+TAU = 0.1
 
 
 def load_model(name, mask_id, canvas_len, device):
@@ -66,7 +67,7 @@ def token_id(what, vocab_size, *choices):
 
 
 def encode_file(path, tokenizer, denoiser, max_len):
-    """A file of {"question", "answer"} as prompt, canvas filled with EOS, EOS off it.
+    """A file of {"question", "answer"} as prompt, canvas filled with EOS, EOS behind it.
 
     Returns (tokens int64 [M, N], canvas bool [M, N], how many did not fit). The prompt gets the
     special tokens of the tokenizer, such as [CLS]. Raises UserError for what cannot be read.
@@ -99,14 +100,17 @@ def encode_file(path, tokenizer, denoiser, max_len):
 
 
 def print_generations(denoiser, policy, tokenizer, tokens, canvas, budget, block_len, generator):
-    """Each prompt, and what the learned order, top_prob at as many steps, and blocks make of it."""
+    """Each prompt, and what the learned order, top_prob at as many steps, and blocks make of it.
+
+    A block has its share of the budget, rounded up, so that all blocks together may take more.
+    """
     options = {"policy": policy, "generator": generator}
-    problems = (denoiser, tokens, canvas)
-    learned = mdmvi.generate(*problems, "learned", budget, **options)
+    given = (denoiser, tokens, canvas)
+    learned = mdmvi.generate(*given, "learned", budget, **options)
     steps = math.ceil(learned.steps.float().mean())
-    share = math.ceil(budget * block_len / denoiser.canvas_len)
-    blocks = generate_blocks(*problems, block_len, "learned", share, **options)
-    top_prob = mdmvi.generate(*problems, "top_prob", steps)
+    steps_a_block = math.ceil(budget * block_len / denoiser.canvas_len)
+    blocks = generate_blocks(*given, block_len, "learned", steps_a_block, **options)
+    top_prob = mdmvi.generate(*given, "top_prob", steps)
     for i, (row, on) in enumerate(zip(tokens, canvas)):
         print(f"\nprompt: {tokenizer.decode(row[: int(on.int().argmax())])}")
         for name, out in (("learned", learned), ("top_prob", top_prob), ("in blocks", blocks)):
@@ -127,12 +131,15 @@ def parse_args(argv):
         "--block-len",
         type=positive,
         default=16,
-        help="tokens in a block, one step each at least",
+        help="tokens in a block; each block takes at least one step",
     )
     add("--steps", type=positive, default=1000, help="training steps")
     add("--seed", type=whole, default=0, help="seed of the weights and of every draw")
     add_device(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.budget < 2:
+        raise UserError("--budget 1 leaves no order to learn: give 2 or more")
+    return args
 
 
 def main(argv=None):
@@ -156,7 +163,7 @@ def main(argv=None):
         return float(nats.sum() / canvas[n:].sum())
 
     before = bound()
-    learn_order(networks, tokens[:n], canvas[:n], args.budget, args.steps, generator)
+    learn_order(networks, tokens[:n], canvas[:n], args.budget, args.steps, generator, TAU)
     uniform = mdmvi.uniform_elbo(denoiser, *data, 4, generator)
     print(f"\nELBO at T={args.budget}, nats per canvas token, of the problems held out")
     print(f"  uniform orders         {float(uniform.sum() / canvas[n:].sum()):.4f}")

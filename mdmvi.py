@@ -566,6 +566,7 @@ def generate(
 # ------------------------------------------------------------------------------------------------
 # 5. Beyond the paper (ours): a loss of less variance, and one recipe of training.
 #      draw_step, importance_order_loss   f_0 exact, a later step drawn where paths go on
+#      unsure                             a policy that cannot become certain of an order too soon
 #      parameter_groups, update           rates of the three networks, each clipped by itself
 #    Other kinds of orders: examples/runs.py, learned in a tenth of the steps, and spread.py.
 # ------------------------------------------------------------------------------------------------
@@ -614,6 +615,16 @@ def importance_order_loss(
         )
         value, kl = value + later, kl + later_kl
     return -(value / length).mean(), (kl / length).mean()
+
+
+def unsure(policy, hidden, masked, limit=4.6):
+    """A policy's logits, squashed to between -limit and limit: with 4.6, 0.01 < pi < 0.99.
+
+    `functools.partial(unsure, policy)` takes the policy's place in a loss, for the first half or so
+    of the training of free orders. A policy is soon certain of the order that it sees. Then every
+    other one costs ten nats of KL or more, and the gradient cannot leave for a better one.
+    """
+    return limit * torch.tanh(policy(hidden, masked) / limit)
 
 
 def parameter_groups(denoiser, policy, posterior, lr=1e-3, policy_lr=3e-3, posterior_lr=3e-4):

@@ -802,6 +802,28 @@ def test_what_generate_refuses():
 # ------------------------------------------------------------------------------------------------
 
 
+def test_unsure():
+    """pi is between 0.01 and 0.99, in the order that it was; what is not certain hardly changes."""
+    logits = torch.linspace(-30, 30, 121)
+    squashed = mdmvi.unsure(lambda hidden, masked: hidden + masked, logits - 1, torch.ones(121))
+    pi = squashed.sigmoid()
+    assert 0.0099 < pi.min() < 0.011 and 0.989 < pi.max() < 0.9901
+    assert (squashed.diff() >= 0).all() and torch.equal(squashed, -squashed.flip(0))
+    assert (squashed - logits)[logits.abs() <= 1].abs().max() < 0.02
+
+
+@pytest.mark.parametrize("order_loss", ORDER_LOSSES)
+def test_an_order_that_is_not_expected_costs_an_unsure_policy_less(order_loss):
+    (denoiser, policy, posterior), (tokens, canvas) = tiny_models(), some_problems()
+    torch.nn.init.constant_(policy.outer.bias, 40.0)
+    results = []
+    for given in (policy, functools.partial(mdmvi.unsure, policy)):
+        networks = (denoiser, given, posterior)
+        loss, kl = order_loss(*networks, tokens, canvas, 3, TAU, 2, rng(0))
+        results.append((loss.item(), kl.item()))
+    assert results[1][0] < results[0][0] - 1 and results[1][1] < results[0][1] - 1
+
+
 def test_parameter_groups():
     denoiser, policy, posterior = tiny_models()
     posterior.trunk.wte.requires_grad_(False)
@@ -2267,6 +2289,24 @@ def test_middle_rates_are_the_first_of_stage_1(trained, tmp_path, monkeypatch, s
     assert seen == [(0.2, 0.7)] * steps + [(0.0, 1.0)] * (PLAIN - steps + BASELINE)
 
 
+@pytest.mark.parametrize(
+    "more, steps",
+    [("", 0), ("--unsure 0.6", 3), ("--unsure 1", 5), ("--unsure 1 --orders spread", 0)],
+)
+def test_the_policy_is_unsure_in_the_first_steps_of_stage_2(
+    trained, tmp_path, monkeypatch, more, steps
+):
+    real, seen = mdmvi.importance_order_loss, []
+
+    def record(denoiser, policy, *args):
+        seen.append(getattr(policy, "func", None) is mdmvi.unsure)
+        return real(denoiser, policy, *args)
+
+    monkeypatch.setattr(mdmvi, "importance_order_loss", record)
+    assert call(train, *flags(trained), *more.split(), "--out", tmp_path) == 0
+    assert seen == [True] * steps + [False] * (ORDER - steps)
+
+
 def test_a_compiled_run_is_the_eager_one(tmp_path, trained, monkeypatch):
     real, calls = torch.compile, []
 
@@ -2544,7 +2584,8 @@ BAD = [
     (train, "--batch 6 --order-batch 4 --accumulate 3", "--accumulate 3 must divide"),
     (train, "--tau 0", "--tau must be above 0"),
     (train, "--orders spread --order-lr 0", "trains the denoiser only: --order-lr must be above 0"),
-    (train, "--middle 1.1", "--middle 1.1 is above 1, the whole of stage 1"),
+    (train, "--middle 1.1", "--middle 1.1 is above 1, the whole of its stage"),
+    (train, "--unsure 1.1", "--unsure 1.1 is above 1, the whole of its stage"),
     (train, f"{TRAIN} new --init x", "cannot read tokenizer.json: put"),
     (train, "--data few.jsonl --out new", "the data has 9 problems: at least 10"),
     (train, f"{TRAIN} new --max-len 8 --canvas-len 4", "no problem fits: raise"),

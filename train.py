@@ -88,6 +88,7 @@ class Args:
     head_lr: amount = 3e-3  # stage 2: peak rate of the policy and of the search; posterior: a tenth
     search: whole = 512  # stage 2: problems to search the first orders on (paper: always 0)
     budget: positive = 5  # stage 2: steps of generation, T
+    unsure: amount = 0.0  # stage 2: share at its start with pi from 0.01 to 0.99 (README)
     tau: amount = 0.1  # stage 2: temperature of the posterior
     orders: Literal["runs", "spread", "paper"] = "runs"  # stage 2; paper: its loss as well (README)
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: for the trunks' matrices; AdamW the rest
@@ -121,11 +122,12 @@ def parse_args(argv=None):
     if args.orders == "paper":
         args.search = 0
     if args.orders == "spread":
-        args.paths = 1
+        args.paths, args.unsure = 1, 0.0  # its policy is a table
         if args.order_steps and args.order_lr == 0:
             raise UserError("--orders spread trains the denoiser only: --order-lr must be above 0")
-    if args.middle > 1:
-        raise UserError(f"--middle {args.middle} is above 1, the whole of stage 1")
+    for name in ("middle", "unsure"):
+        if getattr(args, name) > 1:
+            raise UserError(f"--{name} {getattr(args, name)} is above 1, the whole of its stage")
     return args
 
 
@@ -276,7 +278,10 @@ def stage_loss(run, stage, data, n):
         rates = MIDDLE if middle else (0.0, 1.0)
         loss = mdmvi.mdm_loss(denoiser, tokens.long(), canvas, generator, rates)
         return loss, torch.zeros_like(loss)
-    networks = (run.denoiser, run.policy, run.posterior)
+    policy = run.policy
+    if run.step < round(args.unsure * args.order_steps):
+        policy = functools.partial(mdmvi.unsure, run.policy)
+    networks = (run.denoiser, policy, run.posterior)
     order_loss = mdmvi.order_loss if args.orders == "paper" else mdmvi.importance_order_loss
     settings = (args.budget, args.tau, args.paths, generator)
     return order_loss(*networks, tokens.long(), canvas, *settings)

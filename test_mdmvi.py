@@ -44,7 +44,7 @@ import eval_gsm8k
 import mdmvi
 import sample
 import train
-from examples import arithmetic, command_line, gsm8k, runs, smdm, spread
+from examples import arithmetic, command_line, gsm8k, page, runs, smdm, spread
 from examples.muon import make_optimizers
 
 torch.set_num_threads(1)
@@ -2481,6 +2481,12 @@ class Page(html.parser.HTMLParser):
         self.text += data
         if self.open and self.open[-1] == "span":
             self.tokens[-1][1] += data
+
+
+def test_what_a_page_shows_is_escaped():
+    shown = Page(page.page("<i>a</i> & b", [("<b>x</b>", ["<u>", "&lt;"], [1, 0], 2)]))
+    assert shown.tokens == [[1, "<u>"], [0, "&lt;"]]
+    assert "<i>a</i> & b" in shown.text and "<b>x</b>" in shown.text
 
 
 def test_sample_shows_the_order(trained, tmp_path, capsys):

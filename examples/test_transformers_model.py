@@ -355,6 +355,7 @@ def test_bad_input_is_one_line(bert, data, tmp_path, monkeypatch):
     assert "cannot read" in said(bert, str(tmp_path / "absent.jsonl"))
     assert "0 problems fit into 24 tokens" in said(bert, data, "--canvas-len", "23")
     assert "--budget" in said(bert, data, "--budget", "0")
+    assert "--budget 1 leaves no order to learn" in said(bert, data, "--budget", "1")
     assert "--device" in said(bert, data, "--device", "cuda:99")
     bad = tmp_path / "bad.jsonl"
     for line in ('{"question": "twice 1"}', '{"question": "twice 1", "answer": 1}', "[1, 2]", "3"):

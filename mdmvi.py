@@ -621,8 +621,8 @@ def unsure(policy, hidden, masked, limit=4.6):
     """A policy's logits, squashed to between -limit and limit: with 4.6, 0.01 < pi < 0.99.
 
     `functools.partial(unsure, policy)` takes the policy's place in a loss, for the first half or so
-    of the training of free orders. A policy is soon certain of the order that it sees. Then every
-    other one costs ten nats of KL or more, and the gradient cannot leave for a better one.
+    of stage 2. A policy is soon certain of the order that it sees; any other one then costs ten
+    nats of KL or more, and the gradient seldom leaves for a better one (RESULTS.md).
     """
     return limit * torch.tanh(policy(hidden, masked) / limit)
 

@@ -1830,9 +1830,8 @@ def test_ctrl_c_saves_and_resuming_equals_not_having_stopped(
     assert call(train, *flags(trained), "--out", tmp_path, "--resume") == 0
     assert alike(tmp_path / "checkpoint.pt", trained / "out" / "checkpoint.pt")
     assert alike(tmp_path / "plain.pt", trained / "out" / "plain.pt")
-    places = [
-        (list(eval_gsm8k.STAGES).index(row["stage"]), row["step"]) for row in logged(tmp_path)
-    ]
+    stages = list(eval_gsm8k.STAGES)
+    places = [(stages.index(row["stage"]), row["step"]) for row in logged(tmp_path)]
     assert places == sorted(set(places)) and "kl" in logged(tmp_path)[-1]
 
 

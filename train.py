@@ -383,9 +383,9 @@ def search_orders(run, tokens, canvas):
     """Teach new orders what is best for some problems under the denoiser."""
     args, forward = run.args, functools.partial(autocast, run.device)
     if args.orders == "spread":
-        now = (run.posterior.timetable, TIMETABLE_PASSES, run.generator)
+        settings = (run.posterior.timetable, TIMETABLE_PASSES, run.generator)
         with forward():
-            timetable = spread.search_timetable(run.denoiser, tokens, canvas, *now)
+            timetable = spread.search_timetable(run.denoiser, tokens, canvas, *settings)
         run.posterior.timetable.copy_(timetable)
         run.policy.follow(timetable)
     else:

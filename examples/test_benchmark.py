@@ -142,7 +142,7 @@ def test_live_bytes_by_hand():
 
 def test_memory_has_a_row_for_each(capsys, monkeypatch):
     monkeypatch.setattr(mdmvi, "STRATEGIES", ("learned",))
-    benchmark.main([*SMALL, "--batch", "4", "--budget", "2", "--memory"])
+    benchmark.main([*SMALL, "--batch", "8", "--budget", "2", "--memory"])
     out = capsys.readouterr().out
     assert out.count("scoring 128 with") == 2 * len(mdmvi.STRATEGIES)
     assert "plain step" in out and "order step" in out and "hours" in out

@@ -24,7 +24,7 @@ from examples.transformers_model import (
     make_networks,
 )
 
-TAU = 0.1
+TAU = 0.1  # of the training, and of the bounds that are printed
 
 
 def load_model(name, mask_id, canvas_len, device):

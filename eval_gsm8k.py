@@ -40,9 +40,9 @@ from examples.gsm8k import final_number, load_gsm8k, solves_equations
 from examples.smdm import LlamaTokenizer
 
 SEPARATOR = "||"  # between question and answer, as in SMDM's fine-tuning data
-VERSION = 8  # of the checkpoints
+VERSION = 9  # of the checkpoints
 # Of a run, each with the network without which it cannot go on
-STAGES = {"plain": "denoiser", "baseline": "plain", "order": "policy", "done": "denoiser"}
+STAGES = {"plain": "denoiser", "baseline": "baseline", "order": "policy", "done": "denoiser"}
 RULES = [*mdmvi.RULES, *mdmvi.EOS_RULES]
 
 
@@ -124,12 +124,12 @@ def answer_text(tokenizer, tokens, canvas):
 
 
 class Models(NamedTuple):
-    """The networks of a run; the orders are None before stage 2, plain without a baseline."""
+    """The networks of a run; the orders are None before stage 2, and a baseline may be."""
 
     denoiser: mdmvi.Denoiser
     policy: torch.nn.Module
     posterior: torch.nn.Module
-    plain: mdmvi.Denoiser
+    baseline: mdmvi.Denoiser
 
 
 def make_orders(kind, config, budget):
@@ -249,11 +249,10 @@ def score(run, models, budgets, rules, sweep):
     rule at the steps of `sweep`.
 
     run(rule, budget, denoiser) is an attempt. Each rule runs on the order-trained denoiser and on
-    the plain one, and keeps the one with more right answers.
+    the baseline, and keeps the one with more right answers.
     """
-    before = "stage 1" if models.plain else "plain"
-    tries = [("order" if models.policy else before, models.denoiser)]
-    tries += [("plain", models.plain)] if models.plain else []
+    tries = [("order" if models.policy else "stage 1", models.denoiser)]
+    tries += [("baseline", models.baseline)] if models.baseline else []
 
     @functools.cache
     def best_model(rule, steps):

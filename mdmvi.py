@@ -39,6 +39,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+
+def check_positive(**values):
+    """Raise ValueError for the first of the named values that is not above 0."""
+    for name, value in values.items():
+        if not value > 0:
+            raise ValueError(f"{name} is {value}: it must be above 0")
+
+
 # ------------------------------------------------------------------------------------------------
 # 1. Model: a LLaMA-shaped transformer that attends over everything, with no time conditioning, so
 #    that the SMDM checkpoints (Nie et al., arXiv 2410.18514) fit by renaming keys.
@@ -172,10 +180,10 @@ class UnmaskPolicy(nn.Module):
     `config` is a `ModelConfig` of their width. Other policies (examples/runs.py) look at `masked`.
     """
 
-    def __init__(self, config, n_layer=1):
+    def __init__(self, config, depth=1):
         super().__init__()
         D = config.n_embd
-        self.inner = nn.ModuleList(nn.Linear(D, D) for _ in range(n_layer))
+        self.inner = nn.ModuleList(nn.Linear(D, D) for _ in range(depth))
         self.outer = nn.Linear(D, 1)
 
     def forward(self, hidden, masked):
@@ -191,7 +199,7 @@ def token_log_prob(denoiser, tokens, masked):
     `canvas_len` allows on a GPU.
     """
     hidden = denoiser(tokens.masked_fill(masked, denoiser.mask_id))
-    # What follows is -cross_entropy(logits(hidden[masked]), tokens[masked]), put at M_s
+    # What follows is -cross_entropy(logits(hidden[masked]), tokens[masked]), put back at M_s
     place, used = scored_places(denoiser, masked)
     logits = denoiser.logits(hidden.flatten(0, 1)[place]).float()
     log_p = -F.cross_entropy(logits, tokens.flatten()[place], reduction="none")
@@ -275,17 +283,16 @@ def draw_reveal(log_rho, masked, generator=None):
     return masked & (u.log() < log_rho)  # log u < 0 always: rho = 1 is always revealed
 
 
-def draw_path(log_alpha, canvas, steps, max_steps, tau, generator=None):
-    """Draw M_steps ~ q by revealing `steps` times from the full canvas, with no network call.
+def draw_path(log_alpha, canvas, s, max_s, tau, generator=None):
+    """Draw M_s ~ q by revealing s times from the full canvas, with no network call.
 
-    log_alpha float [B, N]; canvas bool [B, N]; steps int64 [B], how often each row reveals;
-    max_steps, an int, is no smaller than any of them (to read steps.max() would wait for a GPU).
-    Returns (masked bool [B, N], what is still hidden; log q(r_0 .. r_{steps-1} | x_0) [B], with its
-    gradient in log_alpha).
+    log_alpha float [B, N]; canvas bool [B, N]; s int64 [B], a step for each row; max_s, an int, is
+    no smaller than any of them (to read s.max() would wait for a GPU). Returns (masked bool [B, N],
+    what is still hidden; log q(r_0 .. r_{s-1} | x_0) [B], with its gradient in log_alpha).
     """
     masked, log_q = canvas, log_alpha.new_zeros(len(log_alpha))
-    for s in range(max_steps):
-        moving = masked & (s < steps)[:, None]
+    for t in range(max_s):
+        moving = masked & (t < s)[:, None]
         log_rho = reveal_log_prob(log_alpha, moving, tau)
         reveal = draw_reveal(log_rho, moving, generator)
         log_kept = torch.where(moving, log_one_minus(log_rho), 0.0)
@@ -297,13 +304,6 @@ def draw_path(log_alpha, canvas, steps, max_steps, tau, generator=None):
 # ------------------------------------------------------------------------------------------------
 # 3. Bounds and their gradients:  log p(x_0 | c) >= ELBO = E_{M ~ q} sum_{s < T} f_s(M_s).
 # ------------------------------------------------------------------------------------------------
-
-
-def check_positive(**values):
-    """Raise ValueError for the first of the named values that is not above 0."""
-    for name, value in values.items():
-        if not value > 0:
-            raise ValueError(f"{name} is {value}: it must be above 0")
 
 
 def stratified_uniform(n, device, generator=None):
@@ -367,10 +367,10 @@ def path_bound(
     masked, log_q = draw_path(log_alpha, canvas, s, budget - 1, tau, generator)
     log_rho = reveal_log_prob(log_alpha, masked, tau)
     token_term, kl = step_bound(denoiser, policy, tokens, masked, log_rho, s == budget - 1)
-    f = weight[:, None] * (token_term - kl).view(B, K)
-    advantage = f.detach() - leave_one_out(f.detach())
+    weighted = weight[:, None] * (token_term - kl).view(B, K)
+    advantage = weighted.detach() - leave_one_out(weighted.detach())
     score_term = advantage * (log_q - log_q.detach()).view(B, K)
-    return (f + score_term).mean(1), weight * kl.detach().view(B, K).mean(1)
+    return (weighted + score_term).mean(1), weight * kl.detach().view(B, K).mean(1)
 
 
 def order_loss(denoiser, policy, posterior, tokens, canvas, budget, tau, paths, generator=None):
@@ -439,7 +439,7 @@ def uniform_elbo(denoiser, tokens, canvas, budget, samples, generator=None):
 CONFIDENCE_RULES = ("top_prob", "top_prob_margin", "entropy", "threshold", "threshold_left")
 RULES = ("iid", *CONFIDENCE_RULES, "left_to_right", "random")
 STRATEGIES = ("learned", *RULES)
-EOS_RULES = tuple(f"{rule}+eos" for rule in CONFIDENCE_RULES)  # predicted EOS at once (ours)
+EOS_RULES = ("top_prob+eos", "top_prob_margin+eos", "entropy+eos")  # predicted EOS at once (ours)
 THRESHOLD = 0.9  # of the rules of this name: reveal what is more probable
 
 
@@ -484,17 +484,18 @@ def choose_by_rule(strategy, logits, masked, steps_left, eos_id=None, generator=
         score = -torch.arange(masked.shape[1], device=masked.device).float().expand(masked.shape)
     else:
         score = torch.rand(masked.shape, device=masked.device, generator=generator)
+    if strategy == "iid":
+        drawn = masked & (score > 1 - 1 / steps_left)
+        return drawn | top_k(score, masked, 1)  # which is one of them, if there are any
+    if strategy == "threshold":
+        return (masked & (score > THRESHOLD)) | top_k(score, masked, 1)  # here too
+    if strategy == "threshold_left":
+        below = masked & (score <= THRESHOLD)
+        return (masked & ~below) | (below & (below.cumsum(1) == 1))
     eos = torch.zeros_like(masked)
     if eos_id is not None:
         eos = eos.masked_scatter(masked, logits.argmax(-1) == eos_id)
     candidates = masked & ~eos
-    if strategy == "iid":
-        return (masked & (score > 1 - 1 / steps_left)) | top_k(score, masked, 1)
-    if strategy == "threshold":
-        return eos | (candidates & (score > THRESHOLD)) | top_k(score, candidates, 1)
-    if strategy == "threshold_left":
-        unsure = candidates & (score <= THRESHOLD)
-        return eos | (candidates & ~unsure) | (unsure & (unsure.cumsum(1) == 1))
     k = (candidates.sum(1, keepdim=True) + steps_left - 1) // steps_left
     return eos | top_k(score, candidates, k)
 
@@ -574,11 +575,13 @@ def generate(
 
 @torch.no_grad()
 def draw_step(log_alpha, canvas, budget, tau, paths, generator=None):
-    """A step s of 1 .. T-1 to train on, int64 [B], and its probability P(s), fp32 [B].
+    """A step s of 1 .. T-1 to train on, int64 [B], and its probability P(s), fp32 [B]:
 
-    Most steps of a large budget find nothing left to reveal. So s is drawn, four times in five, in
-    proportion to how many of `paths` paths of a row, drawn for this only, have something left at
-    s; the fifth time from all steps alike, so that P(s) > 0. The budget T must be above 1.
+        P(s) = 0.8 busy_s / sum_t busy_t + 0.2 / (T - 1)
+
+    Most steps of a large budget find nothing left to reveal. busy_s is the share of `paths` paths
+    of a row, drawn for this only, that have something left at s; the second term keeps P(s) above
+    0. The budget T must be above 1.
     """
     masked = canvas.repeat_interleave(paths, 0)
     log_alpha = log_alpha.repeat_interleave(paths, 0)
@@ -586,12 +589,12 @@ def draw_step(log_alpha, canvas, budget, tau, paths, generator=None):
     for _ in range(budget - 1):
         masked = masked & ~draw_reveal(reveal_log_prob(log_alpha, masked, tau), masked, generator)
         busy.append(masked.any(1))
-    busy = torch.stack(busy, 1).view(-1, paths, budget - 1).float().mean(1)
+    busy = torch.stack(busy, 1).view(-1, paths, budget - 1).float().mean(1)  # of steps 1 .. T-1
     busy = busy + 1e-6  # where no path has anything left, all steps are alike
     p = 0.8 * busy / busy.sum(1, keepdim=True) + 0.2 / (budget - 1)
     u = stratified_uniform(len(p), p.device, generator)
-    s = (p.cumsum(1) < u[:, None]).sum(1).clamp(max=budget - 2)
-    return s + 1, p.gather(1, s[:, None]).squeeze(1)
+    column = (p.cumsum(1) < u[:, None]).sum(1).clamp(max=budget - 2)
+    return column + 1, p.gather(1, column[:, None]).squeeze(1)
 
 
 def importance_order_loss(
@@ -605,9 +608,10 @@ def importance_order_loss(
     check_positive(budget=budget, tau=tau, paths=paths)
     log_alpha, length = posterior(tokens, canvas), canvas.sum(1)
     log_rho = reveal_log_prob(log_alpha, canvas, tau)
-    last = torch.full_like(canvas[:, 0], budget == 1)
+    last = torch.full_like(canvas[:, 0], budget == 1)  # bool [B]: is step 0 the last one?
     token_term, kl = step_bound(denoiser, policy, tokens, canvas, log_rho, last)
-    value, kl = token_term - kl, kl.detach()
+    value = token_term - kl
+    kl = kl.detach()
     if budget > 1:
         s, p = draw_step(log_alpha, canvas, budget, tau, paths, generator)
         later, later_kl = path_bound(

@@ -652,7 +652,7 @@ def test_what_the_bounds_refuse():
 
 RULES = ("top_prob", "top_prob_margin", "entropy", "threshold", "threshold_left", "left_to_right")
 RANDOM = ("iid", "random", "learned")
-EOS_RULES = tuple(f"{rule}+eos" for rule in RULES[:5])
+EOS_RULES = ("top_prob+eos", "top_prob_margin+eos", "entropy+eos")
 ALL = RULES + RANDOM + EOS_RULES
 
 
@@ -1596,9 +1596,9 @@ class FakeRun:
         return {"answered": answered, "solved": solved, "steps": steps}
 
 
-def fake_score(run, rules, sweep=(), budgets=(9,), policy="policy", plain="plain"):
+def fake_score(run, rules, sweep=(), budgets=(9,), policy="policy", baseline="baseline"):
     """(rows, attempts), as lists."""
-    models = eval_gsm8k.Models("order", policy, "posterior", plain)
+    models = eval_gsm8k.Models("order", policy, "posterior", baseline)
     return zip(*eval_gsm8k.score(run, models, budgets, rules, sweep))
 
 
@@ -1633,14 +1633,14 @@ def test_rules_get_the_average_steps_rounded_up_and_the_most(steps, avg, most):
 
 
 @pytest.mark.parametrize(
-    "order, plain, better",
-    [((3, 1), (2, 2), "order"), ((2, 2), (3, 1), "plain"), ((2, 1), (2, 2), "plain")]
+    "order, baseline, better",
+    [((3, 1), (2, 2), "order"), ((2, 2), (3, 1), "baseline"), ((2, 1), (2, 2), "baseline")]
     + [((2, 2), (2, 1), "order")],
 )
-def test_the_better_of_two_models_is_chosen_by_answers(order, plain, better):
-    rules = {("iid", "order"): order, ("iid", "plain"): plain, ("learned", "order"): (4, 0)}
+def test_the_better_of_two_models_is_chosen_by_answers(order, baseline, better):
+    rules = {("iid", "order"): order, ("iid", "baseline"): baseline, ("learned", "order"): (4, 0)}
     rows, _ = fake_score(FakeRun([2] * 4, rules), ["iid"])
-    right = order if better == "order" else plain
+    right = order if better == "order" else baseline
     for row in rows[1:]:
         assert (row["model"], 4 * row["answered"], 4 * row["solved"]) == (better, *right)
         assert row["p_answered"] == slow_mcnemar([True] * (4 - right[0]), [False] * (4 - right[0]))
@@ -1651,8 +1651,8 @@ def test_scores_of_one_model():
     rows, _ = fake_score(FakeRun([], {}), ["iid"], (), (2, 5), None, None)
     about = [(row["method"], row["budget"], row["max_steps"], row["match"]) for row in rows]
     assert about == [("iid", 2, 2, ""), ("iid", 5, 5, "")]
-    assert {r["model"] for r in rows} == {"plain"}
-    rows, _ = fake_score(FakeRun([2] * 4, {}), ["iid"], plain=None)
+    assert {r["model"] for r in rows} == {"stage 1"}
+    rows, _ = fake_score(FakeRun([2] * 4, {}), ["iid"], baseline=None)
     assert {r["model"] for r in rows} == {"order"}
 
 
@@ -1668,7 +1668,7 @@ def test_the_models_of_plain_pt_have_names_of_their_own():
 
 def test_strategy_names():
     names = eval_gsm8k.RULES
-    assert len(set(names)) == len(names) == 13
+    assert len(set(names)) == len(names) == 11
     assert "learned" not in names and "top_prob+eos" in names and "iid+eos" not in names
 
 
@@ -1795,10 +1795,12 @@ def test_a_run_leaves_its_files(trained):
     ]
     last, before = state_of(out / "checkpoint.pt"), state_of(out / "plain.pt")
     assert (last["stage"], before["stage"], before["step"]) == ("done", "order", 0)
-    assert all(torch.equal(last["plain"][k], before["plain"][k]) for k in last["plain"])
+    assert all(torch.equal(last["baseline"][k], before["baseline"][k]) for k in last["baseline"])
     assert before["policy"] is before["posterior"] is None
     assert any(not torch.equal(last["denoiser"][k], x) for k, x in before["denoiser"].items())
-    assert any(not torch.equal(before["plain"][k], before["denoiser"][k]) for k in before["plain"])
+    assert any(
+        not torch.equal(before["baseline"][k], before["denoiser"][k]) for k in before["baseline"]
+    )
     embedding = "trunk.wte.weight"  # the posterior's is the plain model's, and frozen
     assert torch.equal(last["posterior"][embedding], before["denoiser"][embedding])
 
@@ -2072,11 +2074,11 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
 def test_a_start_without_a_baseline_trains_one(trained, tmp_path):
     frozen = [*flags(trained), "--problems", 0, "--order-lr", 0]
     assert call(train, *frozen, "--out", tmp_path / "a") == 0
-    assert state_of(tmp_path / "a" / "plain.pt")["plain"] is None
+    assert state_of(tmp_path / "a" / "plain.pt")["baseline"] is None
     start = [*flags(trained), "--problems", 0, "--start", tmp_path / "a" / "plain.pt"]
     assert call(train, *start, "--out", tmp_path / "b") == 0
     assert {row["stage"] for row in logged(tmp_path / "b")} == {"baseline", "order"}
-    assert state_of(tmp_path / "b" / "checkpoint.pt")["plain"] is not None
+    assert state_of(tmp_path / "b" / "checkpoint.pt")["baseline"] is not None
     assert call(train, *start, "--order-lr", 0, "--out", tmp_path / "c") == 0
     assert {row["stage"] for row in logged(tmp_path / "c")} == {"order"}
 
@@ -2095,12 +2097,24 @@ def test_a_start_from_a_run_of_stage_1_alone(trained, tmp_path):
     assert alike(ours, theirs, ("out", "start"))
 
 
+def test_a_baseline_that_has_seen_less_is_told(trained, tmp_path, capsys):
+    start = ["--problems", 0, "--start", trained / "out" / "plain.pt", "--out"]
+    for name, more, short in (
+        ("same", ["--budget", 3], False),
+        ("less", ["--search", 0], False),
+        ("more", ["--paths", 5], True),
+        ("paper", ["--orders", "paper", "--paths", 9], True),
+    ):
+        assert call(train, *flags(trained), *more, *start, tmp_path / name) == 0
+        assert ("has seen less than this stage 2 takes" in capsys.readouterr().err) == short
+
+
 def test_another_budget_starts_from_stage_1(trained, tmp_path):
     start = ["--start", trained / "out" / "plain.pt", "--out"]
     assert call(train, *flags(trained), "--budget", 3, *start, tmp_path / "a") == 0
     ours, theirs = (state_of(d / "checkpoint.pt") for d in (tmp_path / "a", trained / "out"))
     assert ours["args"]["budget"] == 3 and {r["stage"] for r in logged(tmp_path / "a")} == {"order"}
-    assert all(torch.equal(ours["plain"][k], theirs["plain"][k]) for k in theirs["plain"])
+    assert all(torch.equal(ours["baseline"][k], theirs["baseline"][k]) for k in theirs["baseline"])
     for orders in ("paper", "spread"):
         again = [tmp_path / orders / name for name in "ab"]
         for out in again:  # with other flags of stage 2, and not depending on what ran before
@@ -2155,10 +2169,10 @@ def test_another_seed_for_stage_2_of_the_embedded_task(tmp_path, few_problems):
 def test_a_frozen_denoiser_is_its_own_baseline(trained, tmp_path, capsys):
     assert call(train, *flags(trained), "--order-lr", 0, "--out", tmp_path) == 0
     before, after = (state_of(tmp_path / name) for name in ("plain.pt", "checkpoint.pt"))
-    assert before["plain"] is after["plain"] is None
+    assert before["baseline"] is after["baseline"] is None
     assert all(torch.equal(before["denoiser"][k], after["denoiser"][k]) for k in after["denoiser"])
     assert [row["stage"] for row in logged(tmp_path)] == ["plain", "order"]
-    assert "plain model" not in capsys.readouterr().out
+    assert "baseline" not in capsys.readouterr().out
 
 
 def test_stage_1_only(trained, capsys):
@@ -2178,7 +2192,7 @@ def test_a_table_of_stage_1_only(trained, tmp_path, capsys):
     assert call(train, *flags(trained), *args) == 0
     printed, rows = capsys.readouterr().out, json.loads((tmp_path / "results.json").read_text())
     assert "learned" not in printed.replace("test of learned", "").replace("test, learned", "")
-    assert len(rows) == 13 and {row["model"] for row in rows} == {"plain"}
+    assert len(rows) == 11 and {row["model"] for row in rows} == {"stage 1"}
 
 
 def record(monkeypatch, *names):
@@ -2409,7 +2423,7 @@ def test_the_embedded_task_end_to_end(tmp_path, few_problems, capsys):
     assert "bounds on log p at T = 3, 20 problems" in printed
     for row in ("learned +order", "uniform +order", "uniform +plain"):
         assert re.search(rf"^{row} +-\d+\.\d+ \[", printed, re.MULTILINE)
-    assert len(rows) == 1 + 2 * 13 and all(row["problems"] == 12 for row in rows)
+    assert len(rows) == 1 + 2 * 11 and all(row["problems"] == 12 for row in rows)
     checkpoint = ["--checkpoint", tmp_path / "checkpoint.pt", "--problems", 12, *ON_CPU]
     assert call(eval_gsm8k, *checkpoint, "--json", tmp_path / "again.json") == 0
     again = json.loads((tmp_path / "again.json").read_text())
@@ -2780,7 +2794,7 @@ def narrowed(name):
 DAMAGE = {
     "no config": without("config"),
     "no args": without("args"),
-    "no plain": without("plain"),
+    "no baseline": without("baseline"),
     "args of another type": changed("args", value=5),
     "another width": changed("config", "n_embd", value=32),
     "an unknown field": changed("config", "depth", value=2),
@@ -2789,7 +2803,7 @@ DAMAGE = {
     "half a denoiser": narrowed("denoiser"),
     "half a policy": narrowed("policy"),
     "half a posterior": narrowed("posterior"),
-    "half a baseline": narrowed("plain"),
+    "half a baseline": narrowed("baseline"),
     "a denoiser of another type": changed("denoiser", value=[1, 2]),
     "a width that is text": changed("config", "n_embd", value="wide"),
     "no denoiser": without("denoiser"),
@@ -2825,7 +2839,8 @@ def test_a_checkpoint_whose_parts_do_not_fit(trained, tmp_path, capsys, name):
 
 @pytest.mark.parametrize(
     "damage",
-    [without("plain"), without("optimizers"), without("args")]
+    [without("baseline"), without("optimizers"), without("args")]
+    + [changed("args", "depth", value=2)]
     + [changed("stage", value="end"), changed("step", value="x"), changed("generator", value=5)]
     + [changed("step", value=math.inf), changed("step", value=-1), changed("step", value=1)]
     + [changed("optimizers", value=[{}]), changed("generator", value=torch.ones(3))]
@@ -2838,7 +2853,7 @@ def test_resuming_a_checkpoint_whose_parts_do_not_fit(trained, tmp_path, capsys,
     (tmp_path / "log.jsonl").touch()
     before = contents(tmp_path)
     assert call(train, *flags(trained), "--out", tmp_path, "--resume") == 2
-    complaint(capsys, "damaged|does not fit")
+    complaint(capsys, "damaged|does not fit|has other flags")
     assert contents(tmp_path) == before
 
 

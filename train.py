@@ -60,6 +60,10 @@ HELD_OUT = 256  # problems kept from training on a file; the closing bounds are 
 SAVE_EVERY = 300  # seconds between saves; one of 170M parameters may take five
 MAY_DIFFER = {"out", "resume", "start", "device", "compile", "problems"}  # when a run goes on
 MUST_MATCH = ("answers", "size", "init", "max_len", "canvas_len")  # the run of --start
+SHORT_BASELINE = (
+    "the baseline in {} has seen less than this stage 2 takes, so the table favours the order; "
+    "to train one of as many passes, --start from a run of --order-steps 0"
+)
 
 
 @dataclass
@@ -147,7 +151,7 @@ class Run:
         self.config = mdmvi.ModelConfig(*shape, *ids, **more)
         torch.manual_seed(args.seed)
         self.denoiser = mdmvi.Denoiser(self.config).to(self.device)
-        self.policy = self.posterior = self.plain = None  # plain: the baseline's denoiser
+        self.policy = self.posterior = self.baseline = None
         self.generator = torch.Generator(self.device).manual_seed(args.seed)
         self.stage, self.step, self.logged, self.optimizers = "plain", 0, 0, []
 
@@ -183,19 +187,24 @@ class Run:
             raise UserError(f"cannot write {path} ({reason}): make room, or give another --out")
 
     def load(self, path, same):
-        """Go on from a checkpoint. Raises UserError where flags of `same` or tokens differ."""
+        """Go on from a checkpoint; returns its Args. Raises UserError where flags of `same` or
+        tokens differ."""
         state, tokenizer, models = eval_gsm8k.load_checkpoint(path, self.device)
-        there, here = state["args"], asdict(self.args)
+        try:
+            there = Args(**state["args"])
+        except TypeError:
+            raise UserError(f"{path} has other flags than this train.py: train again")
+        here = self.args
         differ = [
-            f"--{name.replace('_', '-')} {there.get(name)}, not {here[name]}"
+            f"--{name.replace('_', '-')} {getattr(there, name)}, not {getattr(here, name)}"
             for name in same
-            if there.get(name) != here[name]
+            if getattr(there, name) != getattr(here, name)
         ]
         if differ:
             raise UserError(f"{path} has {'; '.join(differ)}: give its flags")
         if tokenizer.pieces != self.tokenizer.pieces:
             raise UserError(f"{path} has another vocabulary: give the --data it was trained with")
-        self.denoiser, self.policy, self.posterior, self.plain = models
+        self.denoiser, self.policy, self.posterior, self.baseline = models
         self.stage, self.step = state["stage"], state["step"]
         if self.args.resume:
             self.logged, self.optimizers = state["logged"], state["optimizers"]
@@ -204,6 +213,7 @@ class Run:
             except RuntimeError:
                 where = f"does not fit the device {self.device}: go on where it was written"
                 raise UserError(f"{path} has a generator that {where}, or use --start")
+        return there
 
 
 def load_problems(args):
@@ -240,19 +250,24 @@ def autocast(device):
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
+def baseline_size(args):
+    """(number of steps, problems a step) of the baseline: as many passes as stage 2 takes."""
+    later = args.paths if args.budget > 1 else 0  # beside f_0, of importance_order_loss
+    n = args.order_batch * (args.paths if args.orders == "paper" else 1 + later)
+    passes = args.canvas_len if args.orders == "runs" else TIMETABLE_PASSES
+    # Those of the search have no gradient: three count as one
+    searched = math.ceil(args.search * passes / 3 / n) if args.budget > 1 else 0
+    return args.order_steps + searched, n
+
+
 def stage_groups(run, stage):
     """(parameter groups, number of steps, problems a step); freezes what is not to be trained."""
     args = run.args
     if stage == "plain":
         return mdmvi.parameter_groups(run.denoiser, None, None, args.lr), args.steps, args.batch
     if stage == "baseline":
-        # As many passes as stage 2 takes. Those of its search have no gradient: three count as one
-        later = args.paths if args.budget > 1 else 0  # beside f_0, of importance_order_loss
-        n = args.order_batch * (args.paths if args.orders == "paper" else 1 + later)
-        passes = args.canvas_len if args.orders == "runs" else TIMETABLE_PASSES
-        searched = math.ceil(args.search * passes / 3 / n) if args.budget > 1 else 0
-        groups = mdmvi.parameter_groups(run.plain, None, None, args.order_lr)
-        return groups, args.order_steps + searched, n
+        groups = mdmvi.parameter_groups(run.baseline, None, None, args.order_lr)
+        return groups, *baseline_size(args)
     run.denoiser.requires_grad_(args.order_lr > 0)
     if args.orders == "runs":
         run.posterior.trunk.wte.requires_grad_(False)  # RunPosterior.start_from, after --resume too
@@ -273,7 +288,7 @@ def stage_loss(run, stage, data, n):
     args, generator = run.args, run.generator
     tokens, canvas = pick(data, n, generator)
     if stage != "order":
-        denoiser = run.denoiser if stage == "plain" else run.plain
+        denoiser = run.denoiser if stage == "plain" else run.baseline
         middle = stage == "plain" and run.step < round(args.middle * args.steps)
         rates = MIDDLE if middle else (0.0, 1.0)
         loss = mdmvi.mdm_loss(denoiser, tokens.long(), canvas, generator, rates)
@@ -326,7 +341,7 @@ def compiled(run, stage, data, n):
             print(f"{why}: going on without it", file=sys.stderr)
             run.args.compile = False
             set_back.close()
-        for network in (run.denoiser, run.policy, run.posterior, run.plain):
+        for network in (run.denoiser, run.policy, run.posterior, run.baseline):
             if network is not None:
                 network.zero_grad(set_to_none=True)
         run.generator.set_state(state)
@@ -414,7 +429,7 @@ def train(run, data):
             train_stage(run, data, stop, log)
             run.stage, run.step = after[run.stage], 0
             if run.stage == "baseline":
-                run.plain = copy.deepcopy(run.denoiser)
+                run.baseline = copy.deepcopy(run.denoiser)
             if run.stage == "order":
                 run.save(out / "plain.pt")
             run.save(out / "checkpoint.pt")
@@ -443,15 +458,19 @@ def main(argv=None):
     if args.resume:
         run.load(out / "checkpoint.pt", [name for name in asdict(args) if name not in MAY_DIFFER])
     elif args.start:
-        run.load(args.start, MUST_MATCH)
+        there = run.load(args.start, MUST_MATCH)
         if run.policy is not None or run.stage not in ("order", "done"):
             raise UserError(f"{args.start} is no plain.pt: give the file as it was before stage 2")
         run.stage, run.step = "order", 0  # or it was a run of stage 1 alone, which is done
-        if run.plain is None and args.order_lr > 0:  # a run with a frozen denoiser had no baseline
-            run.stage, run.plain = "baseline", copy.deepcopy(run.denoiser)
+        if (
+            run.baseline is None and args.order_lr > 0
+        ):  # a run with a frozen denoiser had no baseline
+            run.stage, run.baseline = "baseline", copy.deepcopy(run.denoiser)
+        elif math.prod(baseline_size(there)) < math.prod(baseline_size(args)):
+            print(SHORT_BASELINE.format(args.start), file=sys.stderr)
         run.save(out / "checkpoint.pt")
     train(run, data)
-    models = eval_gsm8k.Models(run.denoiser, run.policy, run.posterior, run.plain)
+    models = eval_gsm8k.Models(run.denoiser, run.policy, run.posterior, run.baseline)
     known = encode_on_device(run, held_out[:HELD_OUT])
     if len(known[0]) > 0:
         bounds.print_bounds(models, asdict(args), *known, args.budget, seed=args.seed)

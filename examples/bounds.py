@@ -7,7 +7,7 @@ uniform ones, fixed rules, and the best that an order of runs could have.
 
 A rule that looks at x_s alone has one path to each x_0, so its bound is the log-probability of the
 tokens along that path. "spread" is the timetable of examples/spread.py before the search;
-"searched" is the one after it, for such orders only, both on the plain model. "best runs" is no
+"searched" is the one after it, for such orders only, both on the baseline. "best runs" is no
 bound but a ceiling: each solution is known and cut where its probability is highest, and the order
 costs no KL. Runs from the left with sharp borders, rho 0 or 1, have no more with this denoiser.
 Intervals: 95%, bootstrap over problems; the last column is of the differences on the same problems.
@@ -89,7 +89,10 @@ def print_bounds(models, trained, tokens, canvas, budget, rows=(), samples=4, ba
     models: an `eval_gsm8k.Models`; trained: the flags it was trained with, a dict; rows: of ROWS,
     beside learned and uniform orders; samples: paths drawn for each solution.
     """
-    plain, device = models.plain or models.denoiser, tokens.device
+    name, plain = "baseline", models.baseline
+    if plain is None:
+        name, plain = "stage 1", models.denoiser
+    device = tokens.device
     generator = torch.Generator(device).manual_seed(seed)
 
     def learned(x, on):
@@ -115,8 +118,8 @@ def print_bounds(models, trained, tokens, canvas, budget, rows=(), samples=4, ba
     bounds = {}
     if has_order:
         bounds = {("learned", "order"): learned, ("uniform", "order"): uniform(models.denoiser)}
-    bounds["uniform", "plain"] = uniform(plain)
-    bounds |= {(rule, "plain"): along(rule) for rule in rows}
+    bounds["uniform", name] = uniform(plain)
+    bounds |= {(rule, name): along(rule) for rule in rows}
     last = "learned is ahead by" if has_order else ""
     lines, ours = [("order", "model", "nats a token", last)], None
     for (order, model), bound in bounds.items():

@@ -13,8 +13,7 @@ from examples.command_line import Parser, UserError, aligned, run_main, writable
 from examples.gsm8k import read_records
 from mdmvi import STRATEGIES
 
-LABELS = {"answered": "right answers, %", "solved": "right solutions, %"}
-SIDES = ((-5, 6, "right"), (5, -12, "left"))  # of a dot, for its label: neighbours' do not meet
+BESIDE = (8, -16)  # points above a circle, for its label: those of neighbours do not meet
 NUMBERS = ("average_steps", "budget", "answered", "solved")
 
 
@@ -34,19 +33,13 @@ def read_rows(paths):
     return rows
 
 
-def measure(rows):
-    """What tells the methods apart: answers, or whole solutions where all have 95% of those."""
-    return "answered" if min(row["answered"] for row in rows) < 0.95 else "solved"
-
-
 def catching_up(rows):
     """Table of the average steps at which each rule is first right as often as a learned order."""
-    key = measure(rows)
     lines = [("rule", "T", "catches up at", "learned order takes")]
     for ours in (row for row in rows if row["method"] == "learned"):
         for name in dict.fromkeys(row["method"] for row in rows if row["match"] == "sweep"):
             swept = [r for r in rows if r["method"] == name and r["match"] == "sweep"]
-            level = [r["average_steps"] for r in swept if r[key] >= ours[key]]
+            level = [r["average_steps"] for r in swept if r["answered"] >= ours["answered"]]
             when = f"{min(level):.2f}" if level else f"not in {max(r['budget'] for r in swept)}"
             lines.append((name, str(ours["budget"]), when, f"{ours['average_steps']:.2f}"))
     return aligned(lines)
@@ -64,41 +57,47 @@ def pyplot():
     return plt
 
 
-def points(rows, name, key):
-    """(steps, right in percent) of a rule, on its best model where two rows have as many steps."""
+def points(rows, name):
+    """(steps, right answers in percent) of a rule, the best row where two have as many steps."""
     best = {}
     for row in (row for row in rows if row["method"] == name):
         steps = round(row["average_steps"], 1)
-        best[steps] = max(100 * row[key], best.get(steps, 0.0))
+        best[steps] = max(100 * row["answered"], best.get(steps, 0.0))
     return sorted(best.items())
 
 
-def draw(rows, path, title="", paper=()):
-    """Right answers, or whole solutions, against steps: learned orders are dots, rules lines.
+def draw(rows, path, title="", paper=(), unsure=()):
+    """Right answers against average steps: learned orders are marks, rules lines.
 
     Rules are drawn from the rows of the sweep, which are of one run, or from all if there are none.
-    Learned orders of `paper` are squares, those of `rows` circles.
+    Learned orders of `rows` are circles, with their T beside them. Those of `paper` and `unsure`,
+    the paper's orders without and with train.py's --unsure, are squares, hollow and full.
     """
-    plt, key = pyplot(), measure(rows)
+    plt = pyplot()
     figure, axes = plt.subplots(figsize=(7.5, 4.5))
     hollow = {"markersize": 8, "markerfacecolor": "none", "markeredgewidth": 2, "zorder": 3}
-    dots = [("ko", row) for row in rows] + [("ks", row) for row in paper]
-    dots = [(marker, row) for marker, row in dots if row["method"] == "learned"]
-    names = {"ko": "learned, with its T", "ks": "the paper's orders"}
-    for i, (marker, row) in enumerate(sorted(dots, key=lambda dot: dot[1]["average_steps"])):
-        dot = (row["average_steps"], 100 * row[key])
-        axes.plot(*dot, marker, label=names.pop(marker, None), **hollow)
-        right, up, align = SIDES[i % 2]
-        beside = {"textcoords": "offset points", "xytext": (right, up), "ha": align, "zorder": 4}
-        axes.annotate(str(row["budget"]), dot, fontsize=8, fontweight="bold", **beside)
+    full = {"markersize": 6, "zorder": 3}
+    for marks, style, label, of in (
+        ("ko", hollow, "learned, with its T", rows),
+        ("ks", hollow, "the paper's orders", paper),
+        ("ks", full, "the same with --unsure", unsure),
+    ):
+        dots = [row for row in of if row["method"] == "learned"]
+        for i, row in enumerate(sorted(dots, key=lambda row: row["average_steps"])):
+            dot = (row["average_steps"], 100 * row["answered"])
+            axes.plot(*dot, marks, label=label if i == 0 else None, **style)
+            if of is rows:
+                beside = {"textcoords": "offset points", "xytext": (0, BESIDE[i % 2])}
+                text = {"ha": "center", "fontsize": 8, "fontweight": "bold", "zorder": 4}
+                axes.annotate(str(row["budget"]), dot, **beside, **text)
     fixed = [row for row in rows if row["method"] != "learned"]
     fixed = [row for row in fixed if row["match"] == "sweep"] or fixed
     for name in dict.fromkeys(row["method"] for row in fixed):
         rule, _, eos = name.partition("+")
         style = {"linestyle": "--" if eos else "-", "marker": "x" if eos else "."}
         style["color"] = f"C{STRATEGIES.index(rule)}" if rule in STRATEGIES else "grey"
-        axes.plot(*zip(*points(fixed, name, key)), label=name, **style)
-    labels = {"xlabel": "average steps (forward passes), log scale", "ylabel": LABELS[key]}
+        axes.plot(*zip(*points(fixed, name)), label=name, **style)
+    labels = {"xlabel": "average steps (forward passes), log scale", "ylabel": "right answers, %"}
     axes.set(xscale="log", title=title, ymargin=0.08, **labels)
     axes.set_xticks(sorted({row["budget"] for row in rows}))
     axes.xaxis.set_major_formatter("{x:g}")
@@ -122,14 +121,18 @@ def main(argv=None):
     parser.add_argument(
         "--paper", nargs="+", default=[], metavar="FILE", help="of --orders paper: drawn as squares"
     )
+    parser.add_argument(
+        "--unsure", nargs="+", default=[], metavar="FILE", help="with --unsure too: full squares"
+    )
     args = parser.parse_args(argv)
     rows = read_rows(args.rows)
     if any(row["match"] == "sweep" for row in rows):
-        print(f"steps at which a rule is as often right ({measure(rows)})\n\n{catching_up(rows)}")
+        print(f"steps at which a rule is as often right\n\n{catching_up(rows)}")
     else:
         print("no table of when rules catch up: it needs rows of eval_gsm8k.py --sweep")
     if args.out:
-        draw(rows, args.out, args.title, read_rows(args.paper) if args.paper else [])
+        squares = (read_rows(paths) if paths else [] for paths in (args.paper, args.unsure))
+        draw(rows, args.out, args.title, *squares)
 
 
 if __name__ == "__main__":

@@ -259,7 +259,7 @@ def make_networks(box, size, seed, device):
     )
     torch.manual_seed(seed)
     denoiser = mdmvi.Denoiser(config).to(device)
-    return denoiser, mdmvi.UnmaskPolicy(config, n_layer=2).to(device)
+    return denoiser, mdmvi.UnmaskPolicy(config, depth=2).to(device)
 
 
 def train_denoiser(denoiser, data, steps, batch, generator, compile=False):

@@ -142,6 +142,7 @@ def test_live_bytes_by_hand():
 
 def test_memory_has_a_row_for_each(capsys, monkeypatch):
     monkeypatch.setattr(mdmvi, "STRATEGIES", ("learned",))
+    monkeypatch.setitem(train.SIZES, "tiny", (1, 2, 64, 128))  # a block less to trace
     benchmark.main([*SMALL, "--batch", "8", "--budget", "2", "--memory"])
     out = capsys.readouterr().out
     assert out.count("scoring 128 with") == 2 * len(mdmvi.STRATEGIES)

@@ -114,7 +114,7 @@ def test_the_table(orders, chosen, monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[1] == "bounds on log p at T = 3, 6 problems"
     number = r"(-?[0-9.]+) \[(-?[0-9.]+), (-?[0-9.]+)\]"
-    row = re.compile(rf"(\S+(?: runs)?) +(order|plain) +{number}(?: +{number})?")
+    row = re.compile(rf"(\S+(?: runs)?) +(order|baseline|stage 1) +{number}(?: +{number})?")
     names, nats, ahead = [], [], []
     for line in lines[4:]:
         order, model, mean, _, _, more, low, high = row.fullmatch(line).groups()
@@ -122,13 +122,14 @@ def test_the_table(orders, chosen, monkeypatch, capsys):
         nats.append(float(mean))
         ahead.append(more and [float(x) for x in (more, low, high)])
     learned = [("learned", "order"), ("uniform", "order")] if has_order else []
-    rules = [(rule, "plain") for rule in chosen or bounds.ROWS]
-    rules += [("searched", "plain")] if orders == "spread" else []
-    assert names == [*learned, ("uniform", "plain"), *rules]
+    other = "baseline" if has_order else "stage 1"
+    rules = [(rule, other) for rule in chosen or bounds.ROWS]
+    rules += [("searched", other)] if orders == "spread" else []
+    assert names == [*learned, ("uniform", other), *rules]
     if orders == "spread":
         for name, timetable in (("spread", [0, 1, 0, 2]), ("searched", [2, 2, 1, 0])):
             exact = bounds.timetable_bound(plain, tokens, canvas, torch.tensor(timetable))
-            found = nats[names.index((name, "plain"))]
+            found = nats[names.index((name, other))]
             assert found == pytest.approx((exact / canvas.sum(1)).mean().item(), abs=1e-4)
         more = ["--strategies", "spread", "--budget", "2"]
         bounds.main([*on_cpu, *more])  # its timetable has other steps

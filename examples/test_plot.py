@@ -18,12 +18,7 @@ def row(method, match, budget, steps, answered, solved=0.0):
 ROWS = [row("learned", "", 5, 2.5, 0.5), row("learned", "", 9, 4.5, 0.7)]
 ROWS += [row("iid", "@Avg", 5, 3.0, 0.9)]  # no row of the sweep
 ROWS += [row("iid", "sweep", *n) for n in ((1, 1.0, 0.3), (2, 2.0, 0.5), (8, 8.0, 0.6))]
-ROWS += [row("threshold+eos", "sweep", *n) for n in ((1, 1.0, 0.3), (8, 5.25, 0.8))]
-SURE = [
-    row("learned", "", 5, 2.5, 1.0, 0.9),
-    row("iid", "sweep", 3, 3.0, 1.0, 0.5),
-    row("iid", "sweep", 4, 4.0, 1.0, 0.9),
-]
+ROWS += [row("entropy+eos", "sweep", *n) for n in ((1, 1.0, 0.3), (8, 5.25, 0.8))]
 
 
 @pytest.fixture
@@ -55,12 +50,10 @@ def test_catching_up():
     lines = plot.catching_up(ROWS).split("\n")[1:]
     assert [table_cells(line) for line in lines] == [
         ["iid", "5", "2.00", "2.50"],
-        ["threshold+eos", "5", "5.25", "2.50"],
+        ["entropy+eos", "5", "5.25", "2.50"],
         ["iid", "9", "not in 8", "4.50"],
-        ["threshold+eos", "9", "5.25", "4.50"],
+        ["entropy+eos", "9", "5.25", "4.50"],
     ]
-    assert plot.measure(SURE) == "solved" and plot.measure(ROWS) == "answered"
-    assert table_cells(plot.catching_up(SURE).split("\n")[1]) == ["iid", "5", "4.00", "2.50"]
 
 
 def test_prints_what_several_files_say(files, capsys):
@@ -83,7 +76,7 @@ def test_picture(files):
         assert call("rows.json", "--out", name) == 0
         assert (files / name).read_bytes().startswith(start)
     drawn = (files / "order.svg").read_text()
-    names = ("learned, with its T", "iid", "threshold+eos", "5", "9")
+    names = ("learned, with its T", "iid", "entropy+eos", "5", "9")
     assert all(f"<!-- {name} -->" in drawn for name in names)
 
 
@@ -117,20 +110,28 @@ def test_every_dot_has_its_label(files):
 
 def test_orders_of_the_paper_are_squares(files):
     plt = pytest.importorskip("matplotlib.pyplot", reason="matplotlib is not installed")
-    (files / "paper.json").write_text(json.dumps([row("learned", "", 9, 9.0, 0.99), ROWS[2]]))
-    assert call("rows.json", "--paper", "paper.json", "--out", "order.svg") == 0
-    marks = [(x.get_marker(), x.get_xdata()[0], x.get_label()) for x in plt.gcf().axes[0].lines]
-    squares = [(x, label) for marker, x, label in marks if marker == "s"]
-    assert squares == [(9.0, "the paper's orders")]
-    circles = [label for marker, _, label in marks if marker == "o"]
-    assert circles[0] == "learned, with its T" and len(circles) == 2
+    (files / "paper.json").write_text(json.dumps([row("learned", "", 9, 9.0, 0.9), ROWS[2]]))
+    (files / "unsure.json").write_text(json.dumps([row("learned", "", 9, 8.0, 0.99)]))
+    more = ("--paper", "paper.json", "--unsure", "unsure.json")
+    assert call("rows.json", *more, "--out", "order.svg") == 0
+    lines, marks = plt.gcf().axes[0].lines, []
+    for x in lines:
+        hollow = x.get_markerfacecolor() == "none"
+        marks.append((x.get_marker(), hollow, x.get_xdata()[0], x.get_label()))
+    assert [mark[1:] for mark in marks if mark[0] == "s"] == [
+        (True, 9.0, "the paper's orders"),
+        (False, 8.0, "the same with --unsure"),
+    ]
+    circles = [(hollow, label) for marker, hollow, _, label in marks if marker == "o"]
+    assert circles[0] == (True, "learned, with its T") and len(circles) == 2
+    assert len(plt.gcf().axes[0].texts) == 2  # T stands beside the circles alone
 
 
 def test_points_are_of_the_best_model():
     shares = ((4.0, 0.2), (3.96, 0.3), (2.0, 0.0))
     rows = [{"method": "iid", "average_steps": s, "answered": share} for s, share in shares]
     rows.append({"method": "random", "average_steps": 4.0, "answered": 0.9})
-    assert plot.points(rows, "iid", "answered") == [(2.0, 0.0), (4.0, 30.0)]
+    assert plot.points(rows, "iid") == [(2.0, 0.0), (4.0, 30.0)]
 
 
 def test_picture_without_matplotlib(files, monkeypatch, capsys):

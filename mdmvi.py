@@ -454,6 +454,9 @@ def top_k(score, candidates, k):
 
     k is an int, or int64 [B, 1].
     """
+    score = score.clamp(
+        min=torch.finfo(score.dtype).min
+    )  # -inf would not beat what is no candidate
     order = score.masked_fill(~candidates, -math.inf).argsort(dim=1, descending=True, stable=True)
     return candidates & (order.argsort(dim=1) < k)
 
@@ -516,7 +519,7 @@ def draw_tokens(logits, temperature, generator=None):
     if temperature == 0:
         return logits.argmax(-1)
     u = torch.rand(logits.shape, device=logits.device, generator=generator)
-    return (logits / temperature - (-u.log()).log()).argmax(-1)  # Gumbel-max
+    return (logits - temperature * (-u.log()).log()).argmax(-1)  # Gumbel-max
 
 
 @torch.no_grad()
@@ -527,8 +530,8 @@ def generate(
 
     What lies on the canvas is ignored. strategy: one of STRATEGIES or EOS_RULES; "learned" needs
     `policy`. temperature: of the tokens' draw. Rows that are finished leave the batch. Returns a
-    Generation. Raises ValueError on an unknown strategy, a budget below 1, a temperature below 0,
-    or "learned" without a policy.
+    Generation. Raises ValueError on an unknown strategy, a budget below 1, a temperature below 0 or
+    without end, or "learned" without a policy.
     """
     names = (*STRATEGIES, *EOS_RULES)
     if strategy not in names:
@@ -536,8 +539,8 @@ def generate(
     check_positive(budget=budget)
     if strategy == "learned" and policy is None:
         raise ValueError("strategy 'learned' needs a policy")
-    if not temperature >= 0:
-        raise ValueError(f"temperature is {temperature}: it must not be below 0")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature is {temperature}: it must be a number from 0 on")
     rule, _, eos = strategy.partition("+")
     eos_id = denoiser.eos_id if eos else None
     tokens = tokens.masked_fill(canvas, denoiser.mask_id)

@@ -27,10 +27,11 @@ from examples.command_line import (
 
 
 def token_text(tokenizer, token):
-    """One token as it is shown: EOS is a dot, a line break an arrow, a stray byte a box."""
+    """One token as it is shown: EOS is a dot, a line break an arrow, what is no text a box."""
     if token == tokenizer.eos_id:
         return "·"
-    return tokenizer.decode([token]).replace("\n", "⏎").replace("\ufffd", "▯")
+    text = tokenizer.decode([token]).replace("\n", "⏎").replace("\ufffd", "▯")
+    return text if text.isprintable() else "▯"  # a control byte could garble the terminal
 
 
 def show_steps(texts, reveal_step, steps):

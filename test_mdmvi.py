@@ -677,6 +677,18 @@ def reveal_probability(strategy, M, R, pi, left):
     return p + (none / len(forced) if len(R) == 1 and R[0] in forced else 0.0)
 
 
+def test_the_coldest_draw_is_the_most_likely_token():
+    logits = torch.tensor([[1.0, 5.0, 3.0, -math.inf]]).expand(99, 4)
+    for temperature in (0.0, 1e-3, 1e-40):
+        assert (mdmvi.draw_tokens(logits, temperature, rng(0)) == 1).all()
+
+
+def test_a_policy_that_never_reveals_reveals_the_first_place():
+    masked = torch.tensor([[0, 1, 1], [0, 0, 0]]).bool()
+    reveal = mdmvi.choose_by_policy(torch.full((2, 3), -math.inf), masked, rng(0))
+    assert reveal.tolist() == [[False, True, False], [False] * 3]
+
+
 @pytest.mark.parametrize("T, temperature", [(2, 1.0), (3, 0.6)])
 @pytest.mark.parametrize("strategy", RANDOM)
 def test_distribution_of_tokens_and_steps(strategy, T, temperature):
@@ -792,7 +804,7 @@ def test_what_generate_refuses():
     ):
         with pytest.raises(ValueError, match=word):
             mdmvi.generate(Toy(), X0, CANVAS, strategy, budget)
-    for temperature in (-0.5, math.nan):
+    for temperature in (-0.5, math.nan, math.inf):
         with pytest.raises(ValueError, match="temperature"):
             mdmvi.generate(Toy(), X0, CANVAS, "iid", 3, temperature=temperature)
 
@@ -1361,6 +1373,8 @@ def test_data_files_of_both_layouts(tmp_path):
     assert gsm8k.load_gsm8k(str(tmp_path / "array.json")) == expected
     (tmp_path / "gaps.jsonl").write_bytes("\r\n\r\n".join(json.dumps(row) for row in ROWS).encode())
     assert gsm8k.load_gsm8k(str(tmp_path / "gaps.jsonl")) == expected
+    (tmp_path / "marked.jsonl").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "a.jsonl").read_bytes())
+    assert gsm8k.load_gsm8k(str(tmp_path / "marked.jsonl")) == expected  # it begins with a BOM
 
 
 def test_a_folder_of_data_files(tmp_path):
@@ -2024,6 +2038,21 @@ def test_the_message_of_a_nan_loss_has_a_line_of_its_own(trained, tmp_path, monk
     complaint(capsys, "loss is nan at plain step")
 
 
+def test_a_weight_that_is_not_finite_is_not_saved(trained, tmp_path, monkeypatch, capsys):
+    update, calls = mdmvi.update, []
+
+    def broken(optimizers, step, steps):
+        update(optimizers, step, steps)
+        calls.append(step)
+        if len(calls) == PLAIN:
+            optimizers[0].param_groups[0]["params"][0].data[0] = math.inf
+
+    monkeypatch.setattr(mdmvi, "update", broken)
+    assert call(train, *flags(trained), "--out", tmp_path) == 2
+    assert "a weight is not finite at baseline step 0" in capsys.readouterr().err
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
 def test_checkpoints_are_written_beside_and_renamed(trained, tmp_path, monkeypatch):
     written, moved, save, replace = [], [], torch.save, os.replace
 
@@ -2496,6 +2525,16 @@ class Page(html.parser.HTMLParser):
             self.tokens[-1][1] += data
 
 
+def test_every_token_is_shown_on_one_line():
+    tokenizer = small_tokenizer()
+    shown = {text: sample.token_text(tokenizer, 1 + ord(text)) for text in "\x07\x08\t\r\x1b\x7f"}
+    assert set(shown.values()) == {"▯"}
+    assert sample.token_text(tokenizer, 1 + ord("\n")) == "⏎"
+    assert sample.token_text(tokenizer, 201) == "▯"
+    assert sample.token_text(tokenizer, tokenizer.eos_id) == "·"
+    assert all(sample.token_text(tokenizer, i).isprintable() for i in range(tokenizer.vocab_size))
+
+
 def test_what_a_page_shows_is_escaped():
     shown = Page(page.page("<i>a</i> & b", [("<b>x</b>", ["<u>", "&lt;"], [1, 0], 2)]))
     assert shown.tokens == [[1, "<u>"], [0, "&lt;"]]
@@ -2602,6 +2641,11 @@ BAD = [
     (train, "--batch 4 --accumulate 3", "--accumulate 3 must divide --batch and --order-batch"),
     (train, "--batch 6 --order-batch 4 --accumulate 3", "--accumulate 3 must divide"),
     (train, "--tau 0", "--tau must be above 0"),
+    (
+        train,
+        "--start {plain} --order-steps 0",
+        "--start is for stage 2, and --order-steps 0 .*drop",
+    ),
     (train, "--orders spread --order-lr 0", "trains the denoiser only: --order-lr must be above 0"),
     (train, "--middle 1.1", "--middle 1.1 is above 1, the whole of its stage"),
     (train, "--unsure 1.1", "--unsure 1.1 is above 1, the whole of its stage"),

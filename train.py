@@ -60,6 +60,7 @@ HELD_OUT = 256  # problems kept from training on a file; the closing bounds are 
 SAVE_EVERY = 300  # seconds between saves; one of 170M parameters may take five
 MAY_DIFFER = {"out", "resume", "start", "device", "compile", "problems"}  # when a run goes on
 MUST_MATCH = ("answers", "size", "init", "max_len", "canvas_len")  # the run of --start
+DIVERGED = "nothing was saved; train again with a lower learning rate and another --out"
 SHORT_BASELINE = (
     "the baseline in {} has seen less than this stage 2 takes, so the table favours the order; "
     "to train one of as many passes, --start from a run of --order-steps 0"
@@ -123,6 +124,8 @@ def parse_args(argv=None):
             raise UserError(f"--{name} is empty: give a value, or leave the flag out")
     if args.batch % args.accumulate or args.order_batch % args.accumulate:
         raise UserError(f"--accumulate {args.accumulate} must divide --batch and --order-batch")
+    if args.start and args.order_steps == 0:
+        raise UserError("--start is for stage 2, and --order-steps 0 leaves it out: drop one")
     if args.orders == "paper":
         args.search = 0
     if args.orders == "spread":
@@ -166,12 +169,16 @@ class Run:
     def save(self, path, optimizers=()):
         """Write to a temporary file and rename: a kill at any moment leaves a whole checkpoint."""
         networks = {name: getattr(self, name) for name in eval_gsm8k.Models._fields}
+        states = {name: network and network.state_dict() for name, network in networks.items()}
+        weights = [x for state in states.values() if state for x in state.values()]
+        if not all(x.isfinite().all() for x in weights):
+            raise UserError(f"a weight is not finite at {self.stage} step {self.step}: {DIVERGED}")
         state = {
             "version": eval_gsm8k.VERSION,
             "args": asdict(self.args),
             "config": asdict(self.config),
             "tokenizer": self.tokenizer.pieces,
-            **{name: network and network.state_dict() for name, network in networks.items()},
+            **states,
             "stage": self.stage,
             "step": self.step,
             "logged": self.logged,
@@ -374,10 +381,7 @@ def train_stage(run, data, stop, log):
             if saving or run.step % 20 == 0 or run.step == steps:
                 loss, kl = (total / since).tolist()  # the only place that waits for the device
                 if not math.isfinite(loss):
-                    raise UserError(
-                        f"loss is {loss} at {stage} step {run.step}: {path} is as last saved; "
-                        "train again with a lower learning rate and another --out"
-                    )
+                    raise UserError(f"loss is {loss} at {stage} step {run.step}: {DIVERGED}")
                 bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
                 row = {"stage": stage, "step": run.step, "loss": loss, "kl": kl}
                 row["steps_per_second"] = since / (time.perf_counter() - began)

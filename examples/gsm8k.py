@@ -29,7 +29,7 @@ SUFFIXES = tuple(kind + packed for kind in (".json", ".jsonl") for packed in (""
 def read_records(path):
     """Yield (where, object) for each record of a file: a line of JSON each, or one JSON array."""
     try:
-        with OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8") as file:
+        with OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8-sig") as file:
             text = file.read()
     except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError, zlib.error) as error:
         raise UserError(f"cannot read {path}: {error}; give UTF-8 .json or .jsonl, .gz or .xz too")

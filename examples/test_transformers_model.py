@@ -320,6 +320,14 @@ def test_program_from_end_to_end(kind, tmp_path, data, capsys, monkeypatch):
     ]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_of_the_whole_context_fits(kind):
+    denoiser = wrapped(kind)
+    n = transformers_train.context_of(denoiser.model)
+    assert n == (23 if kind == "Roberta" else 24)
+    assert denoiser(torch.full((1, n), 5)).isfinite().all()
+
+
 def test_layout_of_a_file(bert, data):
     denoiser, tokenizer = transformers_train.load_model(bert, None, 4, "cpu")
     assert (denoiser.mask_id, denoiser.eos_id) == (MASK, EOS)

@@ -119,6 +119,16 @@ def print_generations(denoiser, policy, tokenizer, tokens, canvas, budget, block
             print(f"  {name}, {int(out.steps[i])} steps: {tokenizer.decode(ids)}")
 
 
+def context_of(model):
+    """The most tokens that a row may have."""
+    context = getattr(model.config, "max_position_embeddings", math.inf)
+    for name, part in model.named_modules():
+        padding = getattr(part, "padding_idx", None)
+        if name.endswith("position_embeddings") and padding is not None:
+            context -= padding + 1  # RoBERTa counts positions from behind it
+    return context
+
+
 def parse_args(argv):
     parser = Parser(__doc__)
     add = parser.add_argument
@@ -145,8 +155,7 @@ def parse_args(argv):
 def main(argv=None):
     args = parse_args(argv)
     denoiser, tokenizer = load_model(args.model, args.mask_id, args.canvas_len, args.device)
-    context = getattr(denoiser.model.config, "max_position_embeddings", math.inf)
-    max_len = min(context, tokenizer.model_max_length)
+    max_len = min(context_of(denoiser.model), tokenizer.model_max_length)
     tokens, canvas, left_out = encode_file(args.data, tokenizer, denoiser, max_len)
     tokens, canvas = tokens.to(args.device), canvas.to(args.device)
     held_out = min(64, max(1, len(tokens) // 10))

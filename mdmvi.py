@@ -454,9 +454,7 @@ def top_k(score, candidates, k):
 
     k is an int, or int64 [B, 1].
     """
-    score = score.clamp(
-        min=torch.finfo(score.dtype).min
-    )  # -inf would not beat what is no candidate
+    score = score.clamp(min=torch.finfo(score.dtype).min)  # so that all candidates come first
     order = score.masked_fill(~candidates, -math.inf).argsort(dim=1, descending=True, stable=True)
     return candidates & (order.argsort(dim=1) < k)
 

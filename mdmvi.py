@@ -570,7 +570,7 @@ def generate(
 #      draw_step, importance_order_loss   f_0 exact, a later step drawn where paths go on
 #      unsure                             a policy that cannot become certain of an order too soon
 #      parameter_groups, update           rates of the three networks, each clipped by itself
-#    Other kinds of orders: examples/runs.py, learned in a tenth of the steps, and spread.py.
+#    Other kinds of orders: examples/runs.py, which a search makes quick to learn, and spread.py.
 # ------------------------------------------------------------------------------------------------
 
 

@@ -36,9 +36,12 @@ from examples.command_line import (
     DEVICE,
     Parser,
     UserError,
+    above_zero,
     amount,
     positive,
     run_main,
+    share,
+    text,
     usable_device,
     while_read,
     whole,
@@ -72,18 +75,18 @@ class Args:
     """The flags of a run, kept in checkpoints. A field's annotation is the flag's type or choices,
     its comment the text of --help."""
 
-    data: str = "shopping"  # shopping, carries, or a .json/.jsonl(.gz/.xz) file, folder or hub name
+    data: text = "shopping"  # shopping, carries, a .json/.jsonl(.gz/.xz) file, folder or hub name
     answers: Literal["equations", "full"] = "equations"  # kept of GSM8K's: <<...>> notes, or all
-    out: str = "out"  # folder for checkpoint.pt, plain.pt, log.jsonl and results.json
+    out: text = "out"  # folder for checkpoint.pt, plain.pt, log.jsonl and results.json
     resume: bool = False  # go on from OUT/checkpoint.pt
-    start: str = None  # plain.pt of another run, with its stage 1 and its baseline as they are
+    start: text = None  # plain.pt of another run, with its stage 1 and its baseline as they are
     seed: whole = 0  # of the weights and of every draw in training, not of the problems
     size: Literal[tuple(SIZES)] = "mini"  # shape of the model
-    init: str = None  # start from smdm-170m, or a folder with SMDM .safetensors and tokenizer.json
+    init: text = None  # start from smdm-170m, or a folder with SMDM .safetensors and tokenizer.json
     max_len: positive = 52  # tokens in prompt and canvas together (256 for GSM8K)
     canvas_len: positive = 27  # tokens in the canvas (96 for GSM8K)
     steps: positive = 6000  # stage 1: plain steps
-    middle: amount = 0.5  # stage 1: share at its start with mask rates from 0.2 to 0.7 (GSM8K: 0)
+    middle: share = 0.5  # stage 1: share at its start with mask rates from 0.2 to 0.7 (GSM8K: 0)
     batch: positive = 32  # stage 1: sequences a step
     lr: amount = 2e-3  # stage 1: peak learning rate
     order_steps: whole = 500  # stage 2: steps; the baseline takes as many passes; 0: stage 1 only
@@ -93,8 +96,8 @@ class Args:
     head_lr: amount = 3e-3  # stage 2: peak rate of the policy and of the search; posterior: a tenth
     search: whole = 512  # stage 2: problems to search the first orders on (paper: always 0)
     budget: positive = 5  # stage 2: steps of generation, T
-    unsure: amount = 0.0  # stage 2: share at its start with pi from 0.01 to 0.99 (README)
-    tau: amount = 0.1  # stage 2: temperature of the posterior
+    unsure: share = 0.0  # stage 2: share at its start with pi from 0.01 to 0.99 (README)
+    tau: above_zero = 0.1  # stage 2: temperature of the posterior
     orders: Literal["runs", "spread", "paper"] = "runs"  # stage 2; paper: its loss as well (README)
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: for the trunks' matrices; AdamW the rest
     accumulate: positive = 1  # split each step into so many micro-batches
@@ -117,11 +120,6 @@ def parse_args(argv=None):
             options["type"] = field.type
         parser.add_argument("--" + field.name.replace("_", "-"), **options)
     args = Args(**vars(parser.parse_args(argv)))
-    if args.tau == 0:
-        raise UserError("--tau must be above 0")
-    for name in ("data", "out", "start", "init"):
-        if getattr(args, name) == "":
-            raise UserError(f"--{name} is empty: give a value, or leave the flag out")
     if args.batch % args.accumulate or args.order_batch % args.accumulate:
         raise UserError(f"--accumulate {args.accumulate} must divide --batch and --order-batch")
     if args.start and args.order_steps == 0:
@@ -132,9 +130,6 @@ def parse_args(argv=None):
         args.paths, args.unsure = 1, 0.0  # its policy is a table
         if args.order_steps and args.order_lr == 0:
             raise UserError("--orders spread trains the denoiser only: --order-lr must be above 0")
-    for name in ("middle", "unsure"):
-        if getattr(args, name) > 1:
-            raise UserError(f"--{name} {getattr(args, name)} is above 1, the whole of its stage")
     return args
 
 

@@ -34,19 +34,27 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
-def at_least(least, kind=int):
-    """argparse type: a number from `least` up that torch takes, as a seed too."""
+def within(least, most=2**31 - 1, kind=int):
+    """argparse type: a number from `least` to `most`; torch takes the default one as a seed."""
 
     def number(text):
         value = kind(text)
-        if not least <= value < 2**31:
-            raise argparse.ArgumentTypeError(f"{value} is not in {least} .. 2^31 - 1")
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{value} is not in {least} .. {most}")
         return value
 
     return number
 
 
-positive, whole, amount = at_least(1), at_least(0), at_least(0, float)
+positive, whole = within(1), within(0)
+amount, above_zero, share = within(0, kind=float), within(1e-6, kind=float), within(0, 1, float)
+
+
+def text(value):
+    """argparse type: a text that is not empty."""
+    if not value:
+        raise argparse.ArgumentTypeError("it is empty: give a value, or leave the flag out")
+    return value
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

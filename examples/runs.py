@@ -3,8 +3,8 @@
     python train.py --orders runs
 
 The canvas is cut into runs. The posterior says where; a search first teaches it the best cuts of
-some training problems under the denoiser, by dynamic programming. So an order is learned in a tenth
-of the steps that the paper's free scores need. It suits text whose neighbours can be predicted
+some training problems under the denoiser, by dynamic programming. After it a tenth of the steps
+that the paper's free scores need is enough. It suits text whose neighbours can be predicted
 together. To copy it: this file, mdmvi.py and tqdm (README).
 """
 

@@ -2450,7 +2450,7 @@ def test_the_embedded_task_end_to_end(tmp_path, few_problems, capsys):
     assert call(train, *short, "--optimizer", "adamw", "--out", tmp_path) == 0
     printed, rows = capsys.readouterr().out, json.loads((tmp_path / "results.json").read_text())
     assert "bounds on log p at T = 3, 20 problems" in printed
-    for row in ("learned +order", "uniform +order", "uniform +plain"):
+    for row in ("learned +order", "uniform +order", "uniform +baseline"):
         assert re.search(rf"^{row} +-\d+\.\d+ \[", printed, re.MULTILINE)
     assert len(rows) == 1 + 2 * 11 and all(row["problems"] == 12 for row in rows)
     checkpoint = ["--checkpoint", tmp_path / "checkpoint.pt", "--problems", 12, *ON_CPU]

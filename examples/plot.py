@@ -76,7 +76,7 @@ def draw(rows, path, title="", paper=(), unsure=()):
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(7.5, 4.5))
     hollow = {"markersize": 8, "markerfacecolor": "none", "markeredgewidth": 2, "zorder": 3}
-    full = {"markersize": 6, "zorder": 3}
+    full = {"markersize": 4, "zorder": 3}
     for marks, style, label, of in (
         ("ko", hollow, "learned, with its T", rows),
         ("ks", hollow, "the paper's orders", paper),

@@ -487,9 +487,9 @@ def choose_by_rule(strategy, logits, masked, steps_left, eos_id=None, generator=
         score = torch.rand(masked.shape, device=masked.device, generator=generator)
     if strategy == "iid":
         drawn = masked & (score > 1 - 1 / steps_left)
-        return drawn | top_k(score, masked, 1)  # which is one of them, if there are any
+        return drawn | top_k(score, masked, 1)  # adds one only where none was drawn
     if strategy == "threshold":
-        return (masked & (score > THRESHOLD)) | top_k(score, masked, 1)  # here too
+        return (masked & (score > THRESHOLD)) | top_k(score, masked, 1)  # as above
     if strategy == "threshold_left":
         below = masked & (score <= THRESHOLD)
         return (masked & ~below) | (below & (below.cumsum(1) == 1))

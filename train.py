@@ -63,7 +63,7 @@ HELD_OUT = 256  # problems kept from training on a file; the closing bounds are 
 SAVE_EVERY = 300  # seconds between saves; one of 170M parameters may take five
 MAY_DIFFER = {"out", "resume", "start", "device", "compile", "problems"}  # when a run goes on
 MUST_MATCH = ("answers", "size", "init", "max_len", "canvas_len")  # the run of --start
-DIVERGED = "nothing was saved; train again with a lower learning rate and another --out"
+DIVERGED = "files are as last saved; train again with a lower learning rate and another --out"
 SHORT_BASELINE = (
     "the baseline in {} has seen less than this stage 2 takes, so the table favours the order; "
     "to train one of as many passes, --start from a run of --order-steps 0"
@@ -461,9 +461,8 @@ def main(argv=None):
         if run.policy is not None or run.stage not in ("order", "done"):
             raise UserError(f"{args.start} is no plain.pt: give the file as it was before stage 2")
         run.stage, run.step = "order", 0  # or it was a run of stage 1 alone, which is done
-        if (
-            run.baseline is None and args.order_lr > 0
-        ):  # a run with a frozen denoiser had no baseline
+        # Stage 1 alone, or a run with a frozen denoiser, had no baseline
+        if run.baseline is None and args.order_lr > 0:
             run.stage, run.baseline = "baseline", copy.deepcopy(run.denoiser)
         elif math.prod(baseline_size(there)) < math.prod(baseline_size(args)):
             print(SHORT_BASELINE.format(args.start), file=sys.stderr)

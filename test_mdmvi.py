@@ -2349,8 +2349,16 @@ def test_the_policy_is_unsure_in_the_first_steps_of_stage_2(
     assert seen == [True] * steps + [False] * (ORDER - steps)
 
 
-def test_a_compiled_run_is_the_eager_one(tmp_path, trained, monkeypatch):
+def originals():
+    """What --compile replaces on any device."""
+    owners = [pair for pairs in train.COMPILED.values() for pair in pairs]
+    return [getattr(owner, name) for owner, name in owners]
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_a_compiled_run_is_the_eager_one(tmp_path, trained, monkeypatch, kind):
     real, calls = torch.compile, []
+    monkeypatch.setitem(train.COMPILED, "cpu", train.COMPILED[kind])
 
     def compiled(function, dynamic):
         assert dynamic is False  # one graph a shape
@@ -2359,24 +2367,30 @@ def test_a_compiled_run_is_the_eager_one(tmp_path, trained, monkeypatch):
 
     monkeypatch.setattr(torch, "compile", compiled)
     monkeypatch.setitem(train.SIZES, "tiny", (1, 2, 64, 128))  # a block less to trace
-    before, logs = (mdmvi.token_log_prob, mdmvi.step_bound, mdmvi.OrderPosterior.scores), []
+    before, logs = originals(), []
     short = ["--steps", 1, "--order-steps", 1, "--search", 0]  # each step is a graph of its own
     for flag in ("--no-compile", "--compile"):
         calls.clear()
         assert call(train, *flags(trained), *short, flag, "--out", tmp_path / flag) == 0
         logs.append([json.loads(x) for x in (tmp_path / flag / "log.jsonl").open()])
     torch._dynamo.reset()
-    assert calls.count("step_bound") >= 4
-    assert calls.count("scores") >= 2
+    assert before == originals()
     steps = {row["stage"]: row["step"] for row in logs[1]}
-    assert calls.count("token_log_prob") >= steps["plain"] + steps["baseline"]
-    assert before == (mdmvi.token_log_prob, mdmvi.step_bound, mdmvi.OrderPosterior.scores)
+    plain = steps["plain"] + steps["baseline"]  # an order step has two bounds and one posterior
+    if kind == "cpu":
+        assert calls.count("forward") >= plain + 3 * steps["order"]
+    else:
+        assert calls.count("step_bound") >= 4
+        assert calls.count("scores") >= 2
+        assert calls.count("token_log_prob") >= plain
     for eager, fast in zip(*logs, strict=True):
         assert fast["loss"] == pytest.approx(eager["loss"], rel=1e-4)
 
 
-@pytest.mark.parametrize("breaks", ["token_log_prob", "step_bound", "scores"])
+@pytest.mark.parametrize("breaks", ["token_log_prob", "step_bound", "scores", "forward"])
 def test_without_a_compiler_training_goes_on(tmp_path, trained, monkeypatch, capsys, breaks):
+    if breaks != "forward":
+        monkeypatch.setitem(train.COMPILED, "cpu", train.COMPILED["cuda"])
     def broken(function, dynamic):
         def fail(*args):
             raise RuntimeError("no compiler")
@@ -2402,11 +2416,11 @@ def test_too_little_memory_is_not_taken_for_a_missing_compiler(
 
 
 def test_nothing_stays_compiled_after_a_stop(tmp_path, trained, monkeypatch):
-    before = mdmvi.token_log_prob, mdmvi.step_bound, mdmvi.OrderPosterior.scores
+    before = originals()
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: lambda *args: function(*args))
     interrupt(monkeypatch, 2)
     assert call(train, *flags(trained), "--compile", "--out", tmp_path) == 130
-    assert before == (mdmvi.token_log_prob, mdmvi.step_bound, mdmvi.OrderPosterior.scores)
+    assert before == originals()
 
 
 def test_accumulating_is_the_mean_of_the_parts(trained, monkeypatch):

@@ -58,6 +58,12 @@ SIZES = {
     "170m": (18, 12, 768, 3072),
 }
 MIDDLE = (0.2, 0.7)  # mask rates: below, a sum can be copied; above, its numbers are hidden
+# What --compile compiles. On a CPU the number of scored places differs from step to step, and
+# each would have its own graph: there it is the trunks alone
+COMPILED = {
+    "cuda": ((mdmvi, "token_log_prob"), (mdmvi, "step_bound"), (mdmvi.OrderPosterior, "scores")),
+    "cpu": ((mdmvi.Trunk, "forward"),),
+}
 TIMETABLE_PASSES = 400  # of the search for a timetable, on each of its problems
 HELD_OUT = 256  # problems kept from training on a file; the closing bounds are taken on so many
 SAVE_EVERY = 300  # seconds between saves; one of 170M parameters may take five
@@ -103,7 +109,7 @@ class Args:
     accumulate: positive = 1  # split each step into so many micro-batches
     problems: whole = 500  # held-out problems in the closing table (of a file up to 256); 0: none
     device: usable_device = DEVICE  # cpu, cuda, cuda:1, ...
-    compile: bool = torch.cuda.is_available()  # torch.compile passes, bound and posterior
+    compile: bool = torch.cuda.is_available()  # torch.compile; on a CPU it needs a C++ compiler
 
 
 def parse_args(argv=None):
@@ -326,9 +332,8 @@ def compiled(run, stage, data, n):
         yield
         return
     state = run.generator.get_state()
-    owners = ((mdmvi, "token_log_prob"), (mdmvi, "step_bound"), (mdmvi.OrderPosterior, "scores"))
     with contextlib.ExitStack() as set_back:
-        for owner, name in owners:
+        for owner, name in COMPILED[run.device.type]:
             function = getattr(owner, name)
             set_back.callback(setattr, owner, name, function)
             setattr(owner, name, torch.compile(function, dynamic=False))

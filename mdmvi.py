@@ -6,7 +6,7 @@ reveal together is a latent variable r here, learned by variational inference (F
 
     1. model              p_theta(x^i | x_s) and pi_i(x_s): the denoiser and the policy head
     2. posterior          q_phi(r | x_0): an order that is drawn without running the denoiser
-    3. bound, gradient    plain MDM loss, the ELBO over orders, its RLOO gradient (`order_loss`)
+    3. bound, gradient    the ELBO over orders, its RLOO gradient (`order_loss`), plain MDM loss
     4. samplers           the learned order and the fixed rules it is compared with
     5. beyond the paper   a loss of less variance, and one recipe of training
 
@@ -225,7 +225,7 @@ def scored_places(denoiser, masked):
 # ------------------------------------------------------------------------------------------------
 # 2. Posterior over orders (R): alpha = alpha_phi(c, x_0) in (0, 1), one score per position,
 #    computed once,
-#        q(r | x_s, x_0) = prod_{i in M_s} Bern(r_i; rho_i),
+#        q_phi(r_s | x_s, x_0) = prod_{i in M_s} Bern(r_si; rho_i)    for s < T - 1,
 #        rho_i = (alpha_i / max_{j in M_s} alpha_j)^(1/tau).
 #    The best masked position has rho = 1, so a step always reveals something; positions whose
 #    log alpha is within about tau of the best are revealed along with it.
@@ -270,9 +270,9 @@ def reveal_log_prob(log_alpha, masked, tau):
 def log_one_minus(log_p):
     """log(1 - exp(log_p)) for log_p <= 0; log 1e-6 with gradient 0 where p is above 1 - 1e-6.
 
-    That does no harm where rho = 1: the KL multiplies it by 1 - rho = 0, and `draw_path` never
-    counts it, as such a place is always revealed. Only where two scores are within 1e-6 tau of each
-    other, but not alike, is the gradient not exact.
+    The best place, where rho = 1, does not notice: the KL multiplies the value by 1 - rho = 0, the
+    gradient of its log rho is 0, and `draw_path` always reveals it. Where a second score is within
+    1e-6 tau of the best, the true slope of the KL has no limit, and this one has.
     """
     return torch.log(-torch.expm1(log_p.clamp(max=-1e-6)))
 
@@ -292,7 +292,7 @@ def draw_path(log_alpha, canvas, s, max_s, tau, generator=None):
     """
     masked, log_q = canvas, log_alpha.new_zeros(len(log_alpha))
     for t in range(max_s):
-        moving = masked & (t < s)[:, None]
+        moving = masked & (t < s)[:, None]  # not in rows that are at their M_s
         log_rho = reveal_log_prob(log_alpha, moving, tau)
         reveal = draw_reveal(log_rho, moving, generator)
         log_kept = torch.where(moving, log_one_minus(log_rho), 0.0)
@@ -302,28 +302,13 @@ def draw_path(log_alpha, canvas, s, max_s, tau, generator=None):
 
 
 # ------------------------------------------------------------------------------------------------
-# 3. Bounds and their gradients:  log p(x_0 | c) >= ELBO = E_{M ~ q} sum_{s < T} f_s(M_s).
+# 3. Bound and gradient. The model draws r_s ~ Bern(pi(x_s)) and then the tokens where r = 1,
+#        p(x_0, r | c) = prod_s prod_{i in M_s} Bern(r_si; pi_i) prod_{r_si=1} p_theta(x_0^i | x_s)
+#    with r_si = 1 for all that is left at s = T - 1, here as in q. So
+#        log p(x_0 | c) >= ELBO = E_{M ~ q} sum_{s < T} f_s(M_s)           (f_s: see `step_bound`)
+#        grad ELBO = E_s E_q [ grad f_s / P(s) + (f_s / P(s) - b) grad log q(r_0 .. r_{s-1} | x_0) ]
+#    for a step s drawn with probability P(s), in [F] 1 / T, and any b that does not depend on r.
 # ------------------------------------------------------------------------------------------------
-
-
-def stratified_uniform(n, device, generator=None):
-    """n draws in [0, 1), fp32 [n], each uniform, evenly spread by one shared random offset."""
-    u = torch.rand((), device=device, generator=generator)
-    return (torch.arange(n, device=device) / n + u) % 1.0
-
-
-def mdm_loss(denoiser, tokens, canvas, generator=None, rates=(0.0, 1.0)):
-    """Plain masked-diffusion loss, nats per canvas token (scalar); SMDM's objective.
-
-    t ~ U(low, high] of `rates`, low discrepancy over the batch; each canvas token is masked with
-    probability t; the cross-entropy of the masked ones is summed and divided by t and by the canvas
-    length. Other rates than (0, 1) are ours, and then it is no bound.
-    """
-    low, high = rates
-    t = high - (high - low) * stratified_uniform(len(tokens), tokens.device, generator)
-    u = torch.rand(tokens.shape, device=tokens.device, generator=generator)
-    log_p, _ = token_log_prob(denoiser, tokens, canvas & (u < t[:, None]))
-    return -(log_p.sum(1) / t / canvas.sum(1)).mean()
 
 
 def step_bound(denoiser, policy, tokens, masked, log_rho, last):
@@ -338,58 +323,10 @@ def step_bound(denoiser, policy, tokens, masked, log_rho, last):
     pi_logits = policy(hidden, masked)
     log_rho = log_rho.masked_fill(last[:, None], 0.0)
     rho = log_rho.exp()
-    token_term = (rho * log_p).sum(1)
+    token_term = (rho * log_p).sum(1)  # log p is 0 off M_s
     kl = rho * (log_rho - F.logsigmoid(pi_logits))
     kl = kl + (1 - rho) * (log_one_minus(log_rho) - F.logsigmoid(-pi_logits))
     return token_term, torch.where(masked & ~last[:, None], kl, 0.0).sum(1)
-
-
-def leave_one_out(value):
-    """RLOO baseline [B, K]: the mean of the other K - 1 values of a row (0 if K = 1)."""
-    K = value.shape[1]
-    return (value.sum(1, keepdim=True) - value) / (K - 1) if K > 1 else torch.zeros_like(value)
-
-
-def path_bound(
-    denoiser, policy, log_alpha, tokens, canvas, s, weight, budget, tau, paths, generator=None
-):
-    """weight * E_q f_s(M_s) from K paths that share x_0 and s: (value [B], kl [B]), in nats.
-
-    s int64 [B]; weight float [B]; log_alpha float [B, N]. The gradient of `value` goes through
-    log p, pi and rho, plus the score-function term (weight f_s - b) grad log q(r_0 .. r_{s-1}),
-    where b is the leave-one-out mean over the K paths. That term has the value 0. `kl` is the KL
-    part of `value`, detached.
-    """
-    B, K = len(tokens), paths
-    tokens, canvas, log_alpha, s = (
-        x.repeat_interleave(K, 0) for x in (tokens, canvas, log_alpha, s)
-    )
-    masked, log_q = draw_path(log_alpha, canvas, s, budget - 1, tau, generator)
-    log_rho = reveal_log_prob(log_alpha, masked, tau)
-    token_term, kl = step_bound(denoiser, policy, tokens, masked, log_rho, s == budget - 1)
-    weighted = weight[:, None] * (token_term - kl).view(B, K)
-    advantage = weighted.detach() - leave_one_out(weighted.detach())
-    score_term = advantage * (log_q - log_q.detach()).view(B, K)
-    return (weighted + score_term).mean(1), weight * kl.detach().view(B, K).mean(1)
-
-
-def order_loss(denoiser, policy, posterior, tokens, canvas, budget, tau, paths, generator=None):
-    """Negative ELBO over orders, nats per canvas token, with its RLOO gradient, as in [F] (R).
-
-    Each x_0 gets one step s, uniform on 0 .. T-1 and stratified over the batch, and K paths up to
-    M_s: the estimate is the mean of T f_s(M_s), from B K denoiser passes. Returns two scalars in
-    nats per canvas token: the loss, and the part of it that is KL, detached. Raises ValueError on a
-    budget or paths below 1, or tau not above 0.
-    """
-    check_positive(budget=budget, tau=tau, paths=paths)
-    u = stratified_uniform(len(tokens), tokens.device, generator)
-    s = (u * budget).long().clamp(max=budget - 1)
-    weight = torch.full_like(u, float(budget))
-    log_alpha, length = posterior(tokens, canvas), canvas.sum(1)
-    value, kl = path_bound(
-        denoiser, policy, log_alpha, tokens, canvas, s, weight, budget, tau, paths, generator
-    )
-    return -(value / length).mean(), (kl / length).mean()
 
 
 @torch.no_grad()
@@ -414,9 +351,10 @@ def order_elbo(denoiser, policy, posterior, tokens, canvas, budget, tau, samples
 
 @torch.no_grad()
 def uniform_elbo(denoiser, tokens, canvas, budget, samples, generator=None):
-    """`order_elbo` of uniformly random orders: every token picks its step, so KL = 0.
+    """`order_elbo` of uniformly random orders: every token picks its step, rho_i = 1 / (T - s).
 
-    rho_i = pi_i = 1 / (T - s). Raises ValueError on a budget or samples below 1.
+    pi_i is the same, so KL = 0; unlike a learned policy it is told s. Raises ValueError on a budget
+    or samples below 1.
     """
     check_positive(budget=budget, samples=samples)
     total = torch.zeros(len(tokens), device=tokens.device)
@@ -428,6 +366,74 @@ def uniform_elbo(denoiser, tokens, canvas, budget, samples, generator=None):
             total += log_p.sum(1) / (budget - s)
             masked = masked & ~draw_reveal(log_rho, masked, generator)
     return total / samples
+
+
+def stratified_uniform(n, device, generator=None):
+    """n draws in [0, 1), fp32 [n], each uniform, evenly spread by one shared random offset."""
+    u = torch.rand((), device=device, generator=generator)
+    return (torch.arange(n, device=device) / n + u) % 1.0
+
+
+def leave_one_out(value):
+    """RLOO baseline [B, K]: the mean of the other K - 1 values of a row (0 if K = 1)."""
+    K = value.shape[1]
+    return (value.sum(1, keepdim=True) - value) / (K - 1) if K > 1 else torch.zeros_like(value)
+
+
+def path_bound(
+    denoiser, policy, log_alpha, tokens, canvas, s, weight, budget, tau, paths, generator=None
+):
+    """weight * E_q f_s(M_s) from K paths that share x_0 and s: (value [B], kl [B]), in nats.
+
+    s int64 [B]; weight float [B]; log_alpha float [B, N]. The gradient of `value` goes through
+    log p, pi and rho, plus the score-function term (weight f_s - b) grad log q(r_0 .. r_{s-1}),
+    where weight is 1 / P(s) and b the mean over the other K - 1 paths. `kl` is the KL part of
+    `value`, detached.
+    """
+    B, K = len(tokens), paths
+    tokens, canvas, log_alpha, s = (
+        x.repeat_interleave(K, 0) for x in (tokens, canvas, log_alpha, s)
+    )
+    masked, log_q = draw_path(log_alpha, canvas, s, budget - 1, tau, generator)
+    log_rho = reveal_log_prob(log_alpha, masked, tau)
+    token_term, kl = step_bound(denoiser, policy, tokens, masked, log_rho, s == budget - 1)
+    weighted = weight[:, None] * (token_term - kl).view(B, K)
+    advantage = weighted.detach() - leave_one_out(weighted.detach())
+    score_term = advantage * (log_q - log_q.detach()).view(B, K)  # its value is 0
+    return (weighted + score_term).mean(1), weight * kl.detach().view(B, K).mean(1)
+
+
+def order_loss(denoiser, policy, posterior, tokens, canvas, budget, tau, paths, generator=None):
+    """Negative ELBO over orders, nats per canvas token, with its RLOO gradient: that of [F] (R).
+
+    Each x_0 gets one step s, uniform on 0 .. T-1 and stratified over the batch, and K paths up to
+    M_s: the estimate is the mean of T f_s(M_s), from B K denoiser passes. Returns two scalars in
+    nats per canvas token: the loss, and the part of it that is KL, detached. Raises ValueError on a
+    budget or paths below 1, or tau not above 0.
+    """
+    check_positive(budget=budget, tau=tau, paths=paths)
+    u = stratified_uniform(len(tokens), tokens.device, generator)
+    s = (u * budget).long().clamp(max=budget - 1)
+    weight = torch.full_like(u, float(budget))  # 1 / P(s)
+    log_alpha, length = posterior(tokens, canvas), canvas.sum(1)
+    value, kl = path_bound(
+        denoiser, policy, log_alpha, tokens, canvas, s, weight, budget, tau, paths, generator
+    )
+    return -(value / length).mean(), (kl / length).mean()
+
+
+def mdm_loss(denoiser, tokens, canvas, generator=None, rates=(0.0, 1.0)):
+    """Plain masked-diffusion loss, nats per canvas token (scalar); SMDM's objective.
+
+    t ~ U(low, high] of `rates`, low discrepancy over the batch; each canvas token is masked with
+    probability t; the cross-entropy of the masked ones is summed and divided by t and by the canvas
+    length. Other rates than (0, 1) are ours, and then it is no bound.
+    """
+    low, high = rates
+    t = high - (high - low) * stratified_uniform(len(tokens), tokens.device, generator)
+    u = torch.rand(tokens.shape, device=tokens.device, generator=generator)
+    log_p, _ = token_log_prob(denoiser, tokens, canvas & (u < t[:, None]))
+    return -(log_p.sum(1) / t / canvas.sum(1)).mean()
 
 
 # ------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """How orders are scored: tokenizer, problems as tensors, reading checkpoints, the table.
 
     python eval_gsm8k.py --checkpoint out/checkpoint.pt --budget 5 10 15
-    python eval_gsm8k.py --data test.jsonl                    # real GSM8K problems
+    python eval_gsm8k.py --checkpoint out_gsm5/checkpoint.pt --data test.jsonl     # real GSM8K
     python eval_gsm8k.py --sweep 1 2 3 4 5 8 --json rows.json     # for python -m examples.plot
 
 A problem is a dict {question, answer}; its answer ends in "#### N". An embedded one lists all its
@@ -53,7 +53,7 @@ RULES = [*mdmvi.RULES, *mdmvi.EOS_RULES]
 MARKS = (">> <<", ">> #### ", " #### ", "<<", ">>", "####", "||", *"+-*/=0123456789")
 # A word takes the space before it along, and the space after it where a number follows.
 WORD = r" ?[A-Za-z]+(?: (?=[0-9]))?| ?[^\sA-Za-z0-9](?: (?=[0-9]))?|\s"
-PIECE = re.compile("|".join(map(re.escape, MARKS)) + "|" + WORD, re.DOTALL)
+PIECE = re.compile("|".join(map(re.escape, MARKS)) + "|" + WORD)
 
 
 class Tokenizer:
@@ -239,7 +239,7 @@ def attempt(problems, tokenizer, tokens, canvas, policy, batch, seed, rule, budg
         rows = zip(out.tokens.cpu(), on.cpu())
         texts += [answer_text(tokenizer, row, place) for row, place in rows]
         steps += out.steps.tolist()
-    answered, solved = zip(*map(judge, texts, problems))
+    answered, solved = map(list, zip(*map(judge, texts, problems)))
     return {"answered": answered, "solved": solved, "steps": steps}
 
 
@@ -251,8 +251,8 @@ def score(run, models, budgets, rules, sweep):
     run(rule, budget, denoiser) is an attempt. Each rule runs on the order-trained denoiser and on
     the baseline, and keeps the one with more right answers.
     """
-    tries = [("order" if models.policy else "stage 1", models.denoiser)]
-    tries += [("baseline", models.baseline)] if models.baseline else []
+    tries = [("stage 1" if models.policy is None else "order", models.denoiser)]
+    tries += [] if models.baseline is None else [("baseline", models.baseline)]
 
     @functools.cache
     def best_model(rule, steps):
@@ -336,6 +336,8 @@ def print_scores(
     """Score, print the table and the learned order by length, write the rows to `json_file`."""
     config = models.denoiser.config
     tokens, canvas, fits = encode_problems(problems, tokenizer, config, with_answers=False)
+    if not any(fits):
+        raise UserError("no prompt fits this model's context: give others, or another --checkpoint")
     if not all(fits):
         print(f"{fits.count(False)} prompts do not fit and count as wrong", file=sys.stderr)
     device = next(models.denoiser.parameters()).device

@@ -52,7 +52,7 @@ def show_steps(texts, reveal_step, steps):
     return lines
 
 
-def read_args(argv):
+def parse_args(argv):
     parser = Parser(__doc__)
     add = parser.add_argument
     add("prompt", nargs="?", help="the problem (default: read from standard input)")
@@ -68,7 +68,7 @@ def read_args(argv):
 
 
 def main(argv=None):
-    args = read_args(argv)
+    args = parse_args(argv)
     given = sys.stdin and args.prompt is None  # there may be no standard input
     prompt = (sys.stdin.read() if given else args.prompt or "").strip()
     if not prompt:

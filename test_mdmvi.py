@@ -1198,16 +1198,15 @@ def test_tokenizer_pieces():
     assert few.pieces[-2:] == [" a", " c"]  # as often as "b": in alphabetical order
 
 
-def llama_text():
-    """The text of a small tokenizer.json, of single bytes and a few merges."""
+def llama_text(special=("<unk>", "<s>", "</s>")):
+    """The text of a small tokenizer.json, of special tokens, single bytes and a few merges."""
     package = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
     bpe = package.Tokenizer(package.models.BPE())
     bpe.pre_tokenizer = package.pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = package.decoders.ByteLevel()
     alphabet = package.pre_tokenizers.ByteLevel.alphabet()
-    trainer = package.trainers.BpeTrainer(
-        vocab_size=300, initial_alphabet=alphabet, show_progress=False
-    )
+    options = {"special_tokens": list(special), "show_progress": False}
+    trainer = package.trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, **options)
     bpe.train_from_iterator(["Ann has 12 apples and buys 5 apples"] * 5, trainer)
     return bpe.to_str()
 
@@ -1220,6 +1219,8 @@ def test_llama_tokenizer():
             assert tokenizer.decode(tokenizer.encode(text)) == text
     with pytest.raises(command_line.UserError, match=r"not a tokenizer\.json.*give"):
         smdm.LlamaTokenizer("{}")
+    with pytest.raises(command_line.UserError, match="has another </s>: give the one"):
+        smdm.LlamaTokenizer(llama_text(special=["[PAD]", "[UNK]", "[CLS]"]))
 
 
 def test_a_tokenizer_with_more_pieces_than_the_model(monkeypatch):
@@ -1383,6 +1384,15 @@ def test_a_folder_of_data_files(tmp_path):
     (tmp_path / "README.md").write_text("not data")
     found = gsm8k.load_gsm8k(str(tmp_path))
     assert [p["question"] for p in found] == [row["question"] for row in ROWS]
+
+
+def test_the_splits_of_a_folder_stay_apart(tmp_path):
+    put_rows(tmp_path / "train.jsonl", ROWS[2:])
+    put_rows(tmp_path / "test.jsonl", ROWS[:2])
+    for split, rows in (("train", ROWS[2:]), ("test", ROWS[:2]), ("validation", None)):
+        found = [p["question"] for p in gsm8k.load_gsm8k(str(tmp_path), split=split)]
+        rows = [*ROWS[:2], *ROWS[2:]] if rows is None else rows  # no such names: all files
+        assert found == [row["question"] for row in rows]
 
 
 @pytest.mark.parametrize("name, subset", [("openai/gsm8k", "main"), ("zen-E/GSM8k-Aug", None)])
@@ -2100,7 +2110,7 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
     assert not (tmp_path / "gone off").exists()
 
 
-def test_a_start_without_a_baseline_trains_one(trained, tmp_path):
+def test_a_start_without_a_baseline_trains_one(trained, tmp_path, capsys):
     frozen = [*flags(trained), "--problems", 0, "--order-lr", 0]
     assert call(train, *frozen, "--out", tmp_path / "a") == 0
     assert state_of(tmp_path / "a" / "plain.pt")["baseline"] is None
@@ -2108,8 +2118,11 @@ def test_a_start_without_a_baseline_trains_one(trained, tmp_path):
     assert call(train, *start, "--out", tmp_path / "b") == 0
     assert {row["stage"] for row in logged(tmp_path / "b")} == {"baseline", "order"}
     assert state_of(tmp_path / "b" / "checkpoint.pt")["baseline"] is not None
-    assert call(train, *start, "--order-lr", 0, "--out", tmp_path / "c") == 0
+    capsys.readouterr()
+    longer = ["--order-lr", 0, "--order-steps", 2 * ORDER]  # a frozen denoiser needs no baseline
+    assert call(train, *start, *longer, "--out", tmp_path / "c") == 0
     assert {row["stage"] for row in logged(tmp_path / "c")} == {"order"}
+    assert "has seen less" not in capsys.readouterr().err
 
 
 def test_a_start_from_a_run_of_stage_1_alone(trained, tmp_path):
@@ -2391,6 +2404,7 @@ def test_a_compiled_run_is_the_eager_one(tmp_path, trained, monkeypatch, kind):
 def test_without_a_compiler_training_goes_on(tmp_path, trained, monkeypatch, capsys, breaks):
     if breaks != "forward":
         monkeypatch.setitem(train.COMPILED, "cpu", train.COMPILED["cuda"])
+
     def broken(function, dynamic):
         def fail(*args):
             raise RuntimeError("no compiler")
@@ -2508,6 +2522,9 @@ def test_prompts_that_do_not_fit_count_as_wrong(trained, tmp_path, capsys):
     assert "1 prompts do not fit and count as wrong" in capsys.readouterr().err
     found = json.loads((tmp_path / "rows.json").read_text())
     assert {row["problems"] for row in found} == {3} and found[0]["min_steps"] > 0
+    put_rows(tmp_path / "long.jsonl", rows[:1])
+    assert call(eval_gsm8k, *args) == 2
+    complaint(capsys, "no prompt fits this model's context: give others, or another --checkpoint")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2670,7 +2687,7 @@ BAD = [
     (train, f"{TRAIN} file", "'file': give another file or folder"),
     (train, f"{TRAIN} /proc/no", "'/proc/no': give another file or folder"),
     (train, f"{TRAIN} {{out}}", "checkpoint.pt exists: pass --resume, or another --out"),
-    (train, f"{TRAIN} none --resume", "no checkpoint at none/checkpoint.pt: give"),
+    (train, f"{TRAIN} none --resume", "no checkpoint at none/checkpoint.pt: give the run's --out"),
     (train, f"{AGAIN} --tau 0.2", "has --tau 0.1, not 0.2: give its flags"),
     (train, f"{AGAIN} --size small", "has --size tiny, not small: give its flags"),
     (train, f"{AGAIN} --max-len 65", "has --max-len 64, not 65: give its flags"),

@@ -102,7 +102,7 @@ class Args:
     head_lr: amount = 3e-3  # stage 2: peak rate of the policy and of the search; posterior: a tenth
     search: whole = 512  # stage 2: problems to search the first orders on (paper: always 0)
     budget: positive = 5  # stage 2: steps of generation, T
-    unsure: share = 0.0  # stage 2: share at its start with pi from 0.01 to 0.99 (README)
+    unsure: share = 0.0  # stage 2: share at its start with pi from 0.01 to 0.99 (spread: always 0)
     tau: above_zero = 0.1  # stage 2: temperature of the posterior
     orders: Literal["runs", "spread", "paper"] = "runs"  # stage 2; paper: its loss as well (README)
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: for the trunks' matrices; AdamW the rest
@@ -447,10 +447,14 @@ def main(argv=None):
     out = Path(args.out)
     if (out / "checkpoint.pt").exists() and not args.resume:
         raise UserError(f"{out}/checkpoint.pt exists: pass --resume, or another --out")
-    out.mkdir(parents=True, exist_ok=True)
+    if args.resume and not (out / "checkpoint.pt").exists():
+        raise UserError(
+            f"no checkpoint at {out}/checkpoint.pt: give the run's --out, or no --resume"
+        )
     problems, held_out = load_problems(args)
     run = Run(args, make_tokenizer(args, problems))
-    if args.init:
+    out.mkdir(parents=True, exist_ok=True)
+    if args.init and not (args.resume or args.start):
         smdm.load_smdm(args.init, run.denoiser)
     data = encode_on_device(run, problems)
     if len(data[0]) == 0:
@@ -469,7 +473,7 @@ def main(argv=None):
         # Stage 1 alone, or a run with a frozen denoiser, had no baseline
         if run.baseline is None and args.order_lr > 0:
             run.stage, run.baseline = "baseline", copy.deepcopy(run.denoiser)
-        elif math.prod(baseline_size(there)) < math.prod(baseline_size(args)):
+        elif args.order_lr > 0 and math.prod(baseline_size(there)) < math.prod(baseline_size(args)):
             print(SHORT_BASELINE.format(args.start), file=sys.stderr)
         run.save(out / "checkpoint.pt")
     train(run, data)

@@ -118,7 +118,8 @@ def print_bounds(models, trained, tokens, canvas, budget, rows=(), samples=4, ba
     bounds = {}
     if has_order:
         bounds = {("learned", "order"): learned, ("uniform", "order"): uniform(models.denoiser)}
-    bounds["uniform", name] = uniform(plain)
+    if models.baseline is not None or not has_order:  # a frozen denoiser is there already
+        bounds["uniform", name] = uniform(plain)
     bounds |= {(rule, name): along(rule) for rule in rows}
     last = "learned is ahead by" if has_order else ""
     lines, ours = [("order", "model", "nats a token", last)], None

@@ -145,4 +145,6 @@ def run_main(main):
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "t allocate memory" not in str(error):
             raise
-        complain("too little memory: lower --batch or --max-len, or raise --accumulate of train.py")
+        complain(
+            "too little memory: lower --batch or --max-len, or raise --accumulate, if it has one"
+        )

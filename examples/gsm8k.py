@@ -65,12 +65,14 @@ def hub_records(name, split):
 def load_gsm8k(data, answers="equations", split="train"):
     """Problems {question, answer} from a file, a folder of files, or a hub name.
 
+    A folder's files are those with the split in their names, or all if there are none.
     answers: "equations" keeps the <<...>> notes and the #### line, "full" the whole solution.
     Raises UserError for what cannot be read or is no such problem.
     """
     path = Path(data)
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.name.endswith(SUFFIXES))
+        files = [file for file in files if split in file.name] or files
         records = itertools.chain.from_iterable(map(read_records, files))
     elif path.exists():
         records = read_records(path)
@@ -182,7 +184,7 @@ def main(argv=None):
         default="equations",
         help="the <<...>> notes, or all",
     )
-    parser.add_argument("--split", default="train", help="of a hub data set")
+    parser.add_argument("--split", default="train", help="of a folder or hub data set")
     parser.add_argument("--problems", type=positive, help="how many (default: all)")
     args = parser.parse_args(argv)
     for problem in load_gsm8k(args.data, args.answers, args.split)[: args.problems]:

@@ -14,6 +14,7 @@ from examples.gsm8k import read_records
 from mdmvi import STRATEGIES
 
 BESIDE = (8, -16)  # points above a circle, for its label: those of neighbours do not meet
+TABLE_NEEDS = {"match": "sweep", "method": "learned"}
 NUMBERS = ("average_steps", "budget", "answered", "solved")
 
 
@@ -98,7 +99,8 @@ def draw(rows, path, title="", paper=(), unsure=()):
         style["color"] = f"C{STRATEGIES.index(rule)}" if rule in STRATEGIES else "grey"
         axes.plot(*zip(*points(fixed, name)), label=name, **style)
     labels = {"xlabel": "average steps (forward passes), log scale", "ylabel": "right answers, %"}
-    axes.set(xscale="log", title=title, ymargin=0.08, **labels)
+    axes.set(xscale="log", ymargin=0.08, **labels)
+    axes.set_title(title, parse_math=False)
     axes.set_xticks(sorted({row["budget"] for row in rows}))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.minorticks_off()
@@ -125,11 +127,13 @@ def main(argv=None):
         "--unsure", nargs="+", default=[], metavar="FILE", help="with --unsure too: full squares"
     )
     args = parser.parse_args(argv)
+    if (args.paper or args.unsure) and not args.out:
+        raise UserError("--paper and --unsure are for the picture: give --out too")
     rows = read_rows(args.rows)
-    if any(row["match"] == "sweep" for row in rows):
+    if all(any(row[key] == value for row in rows) for key, value in TABLE_NEEDS.items()):
         print(f"steps at which a rule is as often right\n\n{catching_up(rows)}")
     else:
-        print("no table of when rules catch up: it needs rows of eval_gsm8k.py --sweep")
+        print("no table of when rules catch up: it needs a learned order and --sweep")
     if args.out:
         squares = (read_rows(paths) if paths else [] for paths in (args.paper, args.unsure))
         draw(rows, args.out, args.title, *squares)

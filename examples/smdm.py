@@ -107,6 +107,8 @@ class LlamaTokenizer:
         size = self.bpe.get_vocab_size()
         if size > self.vocab_size:
             raise UserError(f"this tokenizer.json has {size} pieces: give the one of TinyLlama")
+        if self.bpe.token_to_id("</s>") != self.eos_id:
+            raise UserError("this tokenizer.json has another </s>: give the one of TinyLlama")
 
     def encode(self, text):
         text = text.encode("utf-8", "replace").decode()  # half a character is no text to it
@@ -164,7 +166,10 @@ def config_of(path, tensors):
     head, embedding, hidden = shapes
     n_layer = sum(key.endswith(".norm_1.weight") for key in tensors)
     mask_id = embedding[0] - 1
-    return mdmvi.ModelConfig(head[0], 1, n_layer, 1, head[1], hidden[0], mask_id, eos_id=0)
+    try:
+        return mdmvi.ModelConfig(head[0], 1, n_layer, 1, head[1], hidden[0], mask_id, eos_id=0)
+    except ValueError as error:
+        raise UserError(f"{path} is no SMDM checkpoint ({error})")
 
 
 def print_facts(path_or_name):

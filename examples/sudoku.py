@@ -33,6 +33,7 @@ from examples.command_line import (
     aligned,
     positive,
     run_main,
+    whole,
     writable,
 )
 from examples.muon import make_optimizers
@@ -176,10 +177,10 @@ SURE = 0.95
 
 
 @torch.no_grad()
-def sure_first_steps(denoiser, tokens, canvas, budget, sure=SURE):
+def sure_first_steps(denoiser, tokens, canvas, budget):
     """The order in which the denoiser becomes sure of known tokens, step by step.
 
-    A step reveals all masked places whose most likely token has a probability above `sure`, and the
+    A step reveals all masked places whose most likely token has a probability above SURE, and the
     surest one where there is none; the last step, not told here, all that is left. Yields T - 1
     times (hidden [B, N, D], masked bool [B, N], reveal bool [B, N]).
     """
@@ -188,15 +189,15 @@ def sure_first_steps(denoiser, tokens, canvas, budget, sure=SURE):
         hidden = denoiser(tokens.masked_fill(masked, denoiser.mask_id))
         p = mdmvi.confidence("top_prob", denoiser.logits(hidden[masked]))
         p = masked.float().masked_scatter(masked, p)
-        reveal = masked & (p > sure) | mdmvi.top_k(p, masked, 1)
+        reveal = masked & (p > SURE) | mdmvi.top_k(p, masked, 1)
         yield hidden, masked, reveal
         masked = masked & ~reveal
 
 
-def sure_first_order(denoiser, tokens, canvas, budget, sure=SURE):
+def sure_first_order(denoiser, tokens, canvas, budget):
     """The order of `sure_first_steps`: step int64 [B, N], -1 off the canvas."""
     step = torch.where(canvas, budget - 1, -1)
-    for s, (_, _, reveal) in enumerate(sure_first_steps(denoiser, tokens, canvas, budget, sure)):
+    for s, (_, _, reveal) in enumerate(sure_first_steps(denoiser, tokens, canvas, budget)):
         step = step.masked_fill(reveal, s)
     return step
 
@@ -266,6 +267,12 @@ def train_denoiser(denoiser, data, steps, batch, generator, compile=False):
     """Stage 1: the plain loss on data = (tokens, canvas); the denoiser is frozen after it."""
     # A GPU would wait for the host to launch the operations of a small model one by one
     model = torch.compile(denoiser) if compile else denoiser
+    try:
+        with train.autocast(generator.device):
+            model(data[0][:batch])
+    except torch._dynamo.exc.TorchDynamoException as error:  # no compiler, say
+        why = f"torch.compile does not work here ({type(error).__name__})"
+        raise UserError(f"{why}: pass --no-compile")
 
     def loss_of():
         with train.autocast(generator.device):
@@ -388,7 +395,7 @@ def parse_args(argv=None):
     add("--batch", type=positive, default=32, help="puzzles in each")
     add("--budget", type=positive, default=9, help="steps of generation, T")
     add("--problems", type=positive, default=500, help="held-out puzzles that are scored")
-    add("--seed", type=int, default=0, help="seed of the puzzles, the weights and every draw")
+    add("--seed", type=whole, default=0, help="seed of the puzzles, the weights and every draw")
     gpu = torch.cuda.is_available()
     add_device(parser)
     add("--compile", action=BooleanOptionalAction, default=gpu, help="torch.compile the denoiser")
@@ -396,8 +403,6 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.budget == 1:
         raise UserError("--budget is 1: with one step there is no order, give 2 or more")
-    if not 0 <= args.seed < 2**62:
-        raise UserError(f"--seed is {args.seed}: it must be at least 0, and below 2^62")
     return args
 
 

@@ -147,6 +147,15 @@ def test_the_table(orders, chosen, monkeypatch, capsys):
         assert more == pytest.approx(nats[0] - theirs, abs=2e-4) and low <= more <= high
 
 
+def test_a_frozen_denoiser_is_in_the_table_once(capsys):
+    orders = eval_gsm8k.make_orders("paper", tiny_denoiser().config, 3)
+    models = eval_gsm8k.Models(tiny_denoiser(), *orders, None)
+    tokens, canvas = torch.tensor([[1, 2, 0]] * 4), torch.arange(3).expand(4, 3) > 0
+    bounds.print_bounds(models, {"tau": 0.1, "orders": "paper"}, tokens, canvas, 3)
+    rows = [line.split()[:2] for line in capsys.readouterr().out.splitlines()[4:]]
+    assert rows == [["learned", "order"], ["uniform", "order"]]
+
+
 def test_refuses_no_checkpoint(tmp_path):
     with pytest.raises(command_line.UserError, match="no checkpoint"):
         bounds.main(["--checkpoint", str(tmp_path / "none.pt")])

@@ -126,6 +126,14 @@ def test_other_sizes_are_told_and_change_nothing(saved):
     assert "of shape [12, 8], this model [14, 8]" in said
 
 
+def test_an_odd_width_is_no_smdm_checkpoint():
+    shapes = {"lm_head.weight": 12, "transformer.wte.weight": 14}
+    tensors = {key: torch.zeros(rows, 7) for key, rows in shapes.items()}
+    tensors["transformer.h.0.mlp.swiglu.w1.weight"] = torch.zeros(16, 7)
+    with pytest.raises(UserError, match="a.safetensors is no SMDM checkpoint .n_embd 7"):
+        smdm.config_of("a.safetensors", tensors)
+
+
 def test_files_that_are_none(saved, tmp_path):
     path, denoiser = saved
     whole = path.read_bytes()

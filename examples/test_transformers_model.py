@@ -103,6 +103,10 @@ def test_models_that_do_not_come_apart_or_look_backwards_are_refused():
     model = transformers.DistilBertForMaskedLM(transformers.DistilBertConfig(vocab_size=V, dim=24))
     with pytest.raises(ValueError, match="DistilBertForMaskedLM is not its parts in a row"):
         TransformersDenoiser(model, MASK, EOS)
+    shape = {"vocab_size": V, "emb_dim": 24, "n_layers": 1, "n_heads": 2}
+    model = transformers.XLMWithLMHeadModel(transformers.XLMConfig(**shape, mask_index=MASK))
+    with pytest.raises(ValueError, match="XLMWithLMHeadModel is not its parts in a row"):
+        TransformersDenoiser(model, MASK, EOS)
     for ids in ((None, EOS), (MASK, None)):
         with pytest.raises(ValueError, match="mask_id or eos_id is None"):
             TransformersDenoiser(model, *ids)
@@ -355,7 +359,7 @@ def test_bad_input_is_one_line(bert, data, tmp_path, monkeypatch):
         return str(caught.value)
 
     assert "cannot load" in said(str(tmp_path), data)
-    assert "none of the model's 16 tokens is MASK" in said(bert, data, "--mask-id", "16")
+    assert "MASK is 16, the model has tokens 0 .. 15" in said(bert, data, "--mask-id", "16")
     nothing = save_folder(tmp_path / "nothing", "Bert", mask_token="[MASK]")
     assert "EOS or SEP" in said(nothing, data)
     no_mask = save_folder(tmp_path / "no_mask", "Llama", eos_token="[EOS]")

@@ -62,7 +62,7 @@ class TransformersDenoiser:
         own[..., self.mask_id] = -math.inf
         try:
             same = torch.allclose(self.logits(hidden), own, rtol=1e-3, atol=1e-3)
-        except (RuntimeError, TypeError):  # parts that do not follow one another
+        except (RuntimeError, TypeError, AttributeError):  # parts that do not follow one another
             same = False
         if not same:
             raise ValueError(f"the head of {name} is not its parts in a row: take another model")
@@ -78,7 +78,8 @@ def make_networks(denoiser, max_len):
     model, ids = denoiser.model, (denoiser.mask_id, denoiser.eos_id)
     shape = (2, 4, 128, 256)  # layers, heads, width, hidden
     config = mdmvi.ModelConfig(model.config.vocab_size, max_len, *shape, *ids)
-    width, heads = model.config.hidden_size, model.config.num_attention_heads
+    width = model.config.hidden_size
+    heads = next((n for n in (8, 4, 2) if width % (2 * n) == 0), 1)
     as_wide = replace(config, n_embd=width, n_head=heads, n_hidden=2 * width)
     policy, posterior = runs.RunPolicy(as_wide), runs.RunPosterior(config)
     return policy.to(model.device), posterior.to(model.device)

@@ -49,20 +49,22 @@ def load_model(name, mask_id, canvas_len, device):
             f"{name} has no weights for {min(info['missing_keys'])}: take another model"
         )
     masks = (mask_id, tokenizer.mask_token_id, getattr(config, "mask_token_id", None))
-    mask_id = token_id("MASK: give --mask-id", config.vocab_size, *masks)
+    mask_id = token_id("MASK", "give --mask-id", config.vocab_size, *masks)
     ends = (tokenizer.eos_token_id, tokenizer.sep_token_id)
-    eos_id = token_id("EOS or SEP: take a tokenizer that has", config.vocab_size, *ends)
+    eos_id = token_id("EOS or SEP", "take another tokenizer", config.vocab_size, *ends)
     try:
         return TransformersDenoiser(model.to(device), mask_id, eos_id, canvas_len), tokenizer
     except ValueError as error:
         raise UserError(str(error))
 
 
-def token_id(what, vocab_size, *choices):
+def token_id(what, advice, vocab_size, *choices):
     """The first of `choices` that is not None, or UserError if it is no token of the model."""
     found = next((i for i in choices if i is not None), None)
-    if found is None or not 0 <= found < vocab_size:
-        raise UserError(f"none of the model's {vocab_size} tokens is {what}")
+    if found is None:
+        raise UserError(f"none of the model's {vocab_size} tokens is {what}: {advice}")
+    if not 0 <= found < vocab_size:
+        raise UserError(f"{what} is {found}, the model has tokens 0 .. {vocab_size - 1}: {advice}")
     return found
 
 

@@ -13,6 +13,7 @@ No order is learned: in the bound each token picks its step uniformly, and sampl
 rule. Two models are trained, with the latent and without; they differ by nothing else.
 """
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +33,7 @@ from examples.command_line import (
     aligned,
     positive,
     run_main,
+    whole,
     writable,
 )
 
@@ -81,7 +83,7 @@ class Given:
     def __init__(self, denoiser, z):
         self.denoiser, self.z = denoiser, z
         self.logits = denoiser.logits
-        self.mask_id, self.eos_id = denoiser.mask_id, denoiser.eos_id
+        self.mask_id = denoiser.mask_id
 
     def __call__(self, tokens):
         return self.denoiser(tokens, self.z)
@@ -276,11 +278,8 @@ def run_pairs(kind, recipe, seed, device):
     """Train both models on the pairs of a kind: rows of the table, as --json writes them."""
     tokens, canvas = draw_pairs(kind, DRAWN, torch.Generator(device).manual_seed(seed + 1))
     rows = []
+    draw = functools.partial(draw_pairs, kind)
     for method in (PLAIN, VMD):
-
-        def draw(n, generator):
-            return draw_pairs(kind, n, generator)
-
         denoiser = train_denoiser(method, recipe, START + 1, 3, draw, seed, device, kind)
         bound = mean_bound(method, denoiser, tokens, canvas, recipe["budget"], seed)
         for temperature in (1.0, 0.0):
@@ -324,11 +323,8 @@ def run_sudoku(recipe, seed, device):
     blank = [x.to(device) for x in sudoku.encode(held_out, with_answers=False)]
     vocab_size, length, budget = int(data[0].max()) + 1, data[0].shape[1], recipe["budget"]
     rows = []
+    draw = functools.partial(train.pick, data)
     for method in (PLAIN, VMD):
-
-        def draw(n, generator):
-            return train.pick(data, n, generator)
-
         denoiser = train_denoiser(method, recipe, vocab_size, length, draw, seed, device, "sudoku")
         bound = mean_bound(method, denoiser, *test, budget, seed)
         for rule in mdmvi.RULES:
@@ -379,14 +375,12 @@ def parse_args(argv=None):
     add_number("latent_dim", "dimensions of z")
     add_number("budget", "steps of generation, T")
     add_number("steps", "training steps of each model")
-    add("--seed", "seed of the weights and of every draw", type=int, default=0)
+    add("--seed", "seed of the weights and of every draw", type=whole, default=0)
     add_device(parser)
     add("--json", "write the rows of the table as JSON", type=writable, metavar="FILE")
     args = parser.parse_args(argv)
     if args.data and args.sudoku:
         raise UserError("--data names pairs, --sudoku is without: give one of the two")
-    if not 0 <= args.seed < 2**62:
-        raise UserError(f"--seed is {args.seed}: it must be at least 0, and below 2^62")
     recipe = dict(grids if args.sudoku else pairs)
     given = {name: getattr(args, name) for name in ("latent_dim", "budget", "steps")}
     recipe.update({name: value for name, value in given.items() if value is not None})

@@ -226,10 +226,11 @@ def judge(text, problem):
     return final_number(text) == final_number(reference), solves_equations(text, reference)
 
 
-def attempt(problems, tokenizer, tokens, canvas, policy, batch, seed, rule, budget, denoiser):
+def attempt(denoiser, policy, problems, tokenizer, tokens, canvas, rule, budget, batch, seed):
     """Generate a solution for every problem with one rule; an empty canvas stays unsolved.
 
-    Returns a dict of lists: answered, solved (bools), steps (numbers).
+    tokens, canvas: as from `encode_problems`, on the denoiser's device. Returns a dict of lists:
+    answered, solved (bools), steps (numbers).
     """
     generator = torch.Generator(tokens.device).manual_seed(seed)
     options = {"policy": policy, "generator": generator}
@@ -341,8 +342,11 @@ def print_scores(
     if not all(fits):
         print(f"{fits.count(False)} prompts do not fit and count as wrong", file=sys.stderr)
     device = next(models.denoiser.parameters()).device
-    data = (problems, tokenizer, tokens.to(device), canvas.to(device), models.policy, batch, seed)
-    run, results = functools.partial(attempt, *data), []
+    data, results = (problems, tokenizer, tokens.to(device), canvas.to(device)), []
+
+    def run(rule, budget, denoiser):
+        return attempt(denoiser, models.policy, *data, rule, budget, batch, seed)
+
     with tqdm(score(run, models, budgets, rules, sweep), "scoring", unit="row") as bar:
         for row, result in bar:
             results.append((row, result))

@@ -1,25 +1,20 @@
-"""Speed and memory of both training stages and of the samplers, on random tokens with new weights.
+"""Speed of both training stages and of the samplers, on random tokens with new weights.
 
     python -m examples.benchmark                               # the shape of the default run
     python -m examples.benchmark --paper                       # 170M, the paper's shape: for a GPU
     python -m examples.benchmark --paper --batch 8 --against-plain    # beside plain PyTorch
-    python -m examples.benchmark --paper --memory              # peaks, computed without a GPU
 
 What is compared runs in turn, in one process. Training is timed as train.py does it, sampling in
 the precision that eval_gsm8k.py scores in: TF32 on CUDA, fp32 on a CPU.
 """
 
-import copy
 import os
 import time
-import weakref
 from argparse import BooleanOptionalAction
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import mdmvi
 import train
@@ -45,11 +40,10 @@ PASSES = 4  # a problem, in a step of stage 2
 ORDERS = {"runs": PASSES - 1, "paper": PASSES}  # paths a problem: runs take f_0 beside them
 
 
-def parse_args(argv=None):
-    """Flags, filled up from --paper or the defaults, as train.Args and the other flags."""
-    parser = Parser(__doc__)
+def shape_parser(about):
+    """The flags that say what is measured, also those of examples/memory.py."""
+    parser = Parser(about)
     add = parser.add_argument
-    gpu = torch.cuda.is_available()
     add("--paper", action="store_true", help="170m, 256 tokens, canvas 96, batch 256, AdamW")
     add("--size", choices=tuple(train.SIZES), help="shape of the model (mini)")
     add("--batch", type=positive, help="sequences in a step of either stage (64)")
@@ -58,13 +52,11 @@ def parse_args(argv=None):
     add("--vocab", type=positive, help="tokens in the vocabulary (314)")
     add("--budget", type=positive, default=5, help="steps of generation")
     add("--orders", choices=ORDERS, default="runs", help="as in train.py; paper: its loss as well")
-    add("--accumulate", type=positive, help="micro-batches of a step (1; --paper: 8)")
-    add_device(parser)
-    add("--compile", action=BooleanOptionalAction, default=gpu, help="torch.compile the steps")
-    add("--repeats", type=positive, default=5, help="the best of so many is printed")
-    add("--against-plain", action="store_true", help="only a step, beside plain PyTorch")
-    add("--memory", action="store_true", help="only the peaks of memory, computed")
-    flags = parser.parse_args(argv)
+    return parser
+
+
+def filled(flags):
+    """The flags of `shape_parser`, filled up from --paper or the defaults."""
     for name, value in (PAPER if flags.paper else DEFAULT).items():
         if getattr(flags, name) is None:
             setattr(flags, name, value)
@@ -72,6 +64,19 @@ def parse_args(argv=None):
         raise UserError(f"--canvas-len {flags.canvas_len} must be below --max-len {flags.max_len}")
     if flags.batch % PASSES:
         raise UserError(f"--batch {flags.batch} is no multiple of {PASSES}, a problem's passes")
+    return flags
+
+
+def parse_args(argv=None):
+    parser = shape_parser(__doc__)
+    add = parser.add_argument
+    gpu = torch.cuda.is_available()
+    add("--accumulate", type=positive, help="micro-batches of a step (1; --paper: 8)")
+    add_device(parser)
+    add("--compile", action=BooleanOptionalAction, default=gpu, help="torch.compile the steps")
+    add("--repeats", type=positive, default=5, help="the best of so many is printed")
+    add("--against-plain", action="store_true", help="only a step, beside plain PyTorch")
+    flags = filled(parser.parse_args(argv))
     problems = flags.batch // PASSES
     if flags.accumulate is None:
         flags.accumulate = 8 if flags.paper and problems % 8 == 0 else 1
@@ -82,8 +87,8 @@ def parse_args(argv=None):
     return flags
 
 
-def make_args(flags, accumulate=None):
-    """train.Args of these flags; --paper has the README's recipe, in eight micro-batches."""
+def make_args(flags, accumulate, device, compile=False):
+    """train.Args of a shape; --paper has the README's recipe."""
     return train.Args(
         size=flags.size,
         max_len=flags.max_len,
@@ -94,9 +99,9 @@ def make_args(flags, accumulate=None):
         paths=ORDERS[flags.orders],
         budget=flags.budget,
         optimizer="adamw" if flags.paper else "muon",
-        accumulate=accumulate or flags.accumulate,
-        device=flags.device,
-        compile=flags.compile,
+        accumulate=accumulate,
+        device=device,
+        compile=compile,
     )
 
 
@@ -361,136 +366,24 @@ def print_against_plain(run, flags, data):
     print(aligned(rows))
 
 
-# ------------------------------------------------------------------------------------------------
-# Memory, from fake tensors: shapes without numbers, so any size runs on any machine
-# ------------------------------------------------------------------------------------------------
-
-
-class Live(TorchDispatchMode):
-    """Counts the bytes of all tensors that are alive, in `bytes`, and their `peak`.
-
-    A fake tensor does not know how many places a mask has: they are taken to be the canvas.
-    """
-
-    def __init__(self, flags):
-        super().__init__()
-        self.flags, self.bytes, self.peak, self.seen = flags, 0, 0, weakref.WeakSet()
-
-    def places(self, mask):
-        flat = mask.numel()  # a mask of rows only is shorter than one row of tokens
-        return flat * self.flags.canvas_len // self.flags.max_len if flat > 2048 else flat
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        if name == "nonzero":
-            out = args[0].new_empty((self.places(args[0]), args[0].dim()), dtype=torch.long)
-        elif name == "index" and args[1][0] is not None and args[1][0].dtype == torch.bool:
-            rest = args[0].shape[args[1][0].dim() :]
-            out = args[0].new_empty((self.places(args[1][0]), *rest))
-        else:
-            out = func(*args, **(kwargs or {}))
-        for x in torch.utils._pytree.tree_leaves(out):
-            if isinstance(x, torch.Tensor):
-                self.add(x.untyped_storage())
-        return out
-
-    def add(self, storage):
-        if storage not in self.seen:
-            self.seen.add(storage)
-            size = storage.nbytes()
-            self.bytes += size
-            self.peak = max(self.peak, self.bytes)
-            weakref.finalize(storage, self.free, size)
-
-    def free(self, size):
-        self.bytes -= size
-
-
-def flash(q, k, v):
-    """Attention as a GPU keeps it in memory; fake tensors would be given one with a matrix."""
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)[0]
-
-
-def peak_bytes(run, flags, accumulate, function):
-    """Peak of function(a copy of run, data), with the networks."""
-    names, fake = ("denoiser", "policy", "posterior"), copy.copy(run)
-    fake.args = make_args(flags, accumulate)
-    networks = {name: copy.deepcopy(getattr(run, name)) for name in names}
-    attention, F.scaled_dot_product_attention = F.scaled_dot_product_attention, flash
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True), Live(flags) as live:
-            for name, network in networks.items():
-                setattr(fake, name, network.to_empty(device="cpu"))
-            function(fake, random_data(flags, run.device))
-    finally:
-        F.scaled_dot_product_attention = attention
-    return live.peak
-
-
-def training(stage):
-    """For `peak_bytes`: an update for the state of the optimiser, then all that a step holds."""
-
-    def two_updates(run, data):
-        groups, steps, n = train.stage_groups(run, stage)
-        optimizers, parts = make_optimizers(groups, run.args.optimizer), run.args.accumulate
-        for part in range(2 if parts == 1 else 3):  # a third micro-batch is no more than the second
-            with torch.autocast("cpu", torch.bfloat16):
-                loss, _ = train.stage_loss(run, stage, data, n // parts)
-            loss.backward()
-            del loss
-            if part != 1 or parts == 1:
-                mdmvi.update(optimizers, steps // 2, steps)
-
-    return two_updates
-
-
-def scoring(strategy, temperature):
-    """For `peak_bytes`: 128 problems together."""
-
-    def sample(run, data):
-        tokens, canvas = (x[:128] for x in data)
-        options = {"policy": run.policy, "temperature": temperature}
-        mdmvi.generate(run.denoiser, tokens, canvas, strategy, run.args.budget, **options)
-
-    return sample
-
-
-def print_memory(run, flags):
-    """Peaks of everything at this shape, and the paper's 45,000 + 15,000 steps in FLOP."""
-    problems, rows = run.args.order_batch, [("peak, GiB; accumulate:", "1", "2", "4", "8")]
-    for stage in STAGES:
-        parts = [n for n in (1, 2, 4, 8) if problems % n == 0]
-        cells = [f"{peak_bytes(run, flags, n, training(stage)) / 2**30:.1f}" for n in parts]
-        rows.append((f"{stage} step", *cells, *[""] * (4 - len(cells))))
-    for strategy in mdmvi.STRATEGIES:
-        for temperature in (0.0, 1.0):
-            peak = peak_bytes(run, flags, 1, scoring(strategy, temperature)) / 2**30
-            name = f"scoring 128 with {strategy}, temperature {temperature:.0f}"
-            rows.append((name, f"{peak:.1f}", *[""] * 3))
-    print("computed; the driver and the allocator take about 1 GiB more\n")
-    print(aligned(rows))
-    flops = flags.batch * flops_of(run.config, flags.canvas_len / 2) * (45_000 + 2 * 15_000)
+def make_run(flags, args):
+    """A run with new networks; prints their shape."""
+    run = train.Run(args, RandomTokens(flags.vocab))
+    run.begin_orders()
+    count = sum(p.numel() for p in run.denoiser.parameters()) / 1e6
     print(
-        f"\n45,000 plain, 15,000 further and 15,000 order steps: {flops:.2e} FLOP, at 40% of peak"
+        f"{flags.size}, {count:.1f}M parameters, {flags.batch} sequences of {flags.max_len}, "
+        f"canvas {flags.canvas_len}, vocabulary {flags.vocab}\n"
     )
-    for name in ("H100", "A100", "RTX 4090"):
-        print(f"{name:10s}{flops / (0.4 * PEAKS[name]) / 3600:6.1f} hours")
+    return run
 
 
 def main(argv=None):
     flags = parse_args(argv)
     device = torch.device(flags.device)
-    run = train.Run(make_args(flags), RandomTokens(flags.vocab))
-    run.begin_orders()
-    data = random_data(flags, device)
-    count = sum(p.numel() for p in run.denoiser.parameters()) / 1e6
     print(describe(device))
-    print(
-        f"{flags.size}, {count:.1f}M parameters, {flags.batch} sequences of {flags.max_len}, "
-        f"canvas {flags.canvas_len}, vocabulary {flags.vocab}\n"
-    )
-    if flags.memory:
-        return print_memory(run, flags)
+    run = make_run(flags, make_args(flags, flags.accumulate, flags.device, flags.compile))
+    data = random_data(flags, device)
     if flags.against_plain:
         return print_against_plain(run, flags, data)
     print_stages(run, flags, data)

@@ -1,4 +1,4 @@
-"""The benchmark's parts: what it counts is right, what it prints is complete. No timings."""
+"""Benchmark and memory: what they count is right, what they print is complete. No timings."""
 
 import pytest
 import torch
@@ -6,17 +6,21 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import mdmvi
 import train
-from examples import benchmark
+from examples import benchmark, memory
 from examples.command_line import UserError
 
-SMALL = ["--size", "tiny", "--batch", "16", "--max-len", "24", "--canvas-len", "8", "--vocab", "40"]
-SMALL += ["--device", "cpu", "--no-compile", "--repeats", "1", "--budget", "3"]
+SHAPE = ["--size", "tiny", "--batch", "16", "--max-len", "24", "--canvas-len", "8", "--vocab", "40"]
+SHAPE += ["--budget", "3"]
+SMALL = [*SHAPE, "--device", "cpu", "--no-compile", "--repeats", "1"]
+
+
+def make_args(*line):
+    flags = benchmark.parse_args(line)
+    return benchmark.make_args(flags, flags.accumulate, flags.device)
 
 
 def make_run(flags):
-    run = train.Run(benchmark.make_args(flags), benchmark.RandomTokens(flags.vocab))
-    run.begin_orders()
-    return run
+    return benchmark.make_run(flags, benchmark.make_args(flags, 1, "cpu"))
 
 
 def test_every_step_and_sampler_has_a_row(capsys):
@@ -28,12 +32,12 @@ def test_every_step_and_sampler_has_a_row(capsys):
 
 
 def test_paper_is_one_flag_and_others_change_it():
-    args = benchmark.make_args(benchmark.parse_args(["--paper", "--device", "cpu"]))
+    args = make_args("--paper", "--device", "cpu")
     assert (args.size, args.batch, args.order_batch, args.accumulate) == ("170m", 256, 64, 8)
     assert (args.max_len, args.canvas_len, args.optimizer) == (256, 96, "adamw")
-    args = benchmark.make_args(benchmark.parse_args(["--paper", "--batch", "8"]))
+    args = make_args("--paper", "--batch", "8")
     assert (args.batch, args.order_batch, args.accumulate) == (8, 2, 1)
-    args = benchmark.make_args(benchmark.parse_args([*SMALL, "--accumulate", "2"]))
+    args = make_args(*SMALL, "--accumulate", "2")
     assert (args.batch, args.accumulate) == (16, 2)
 
 
@@ -131,19 +135,19 @@ def test_live_bytes_by_hand():
         del x
         torch.empty(1000, 500)
 
-    peak = benchmark.peak_bytes(run, flags, 1, twice)
+    peak = memory.peak_bytes(run, flags, 1, twice)
     tables = sum(b.numel() for n in (run.denoiser, run.posterior) for b in n.buffers())
     data = 256 * flags.max_len * 9 + 4 * (weights + tables) + 4_000_000
     assert data <= peak < data + 20_000
     flags.paper = True
-    plain = benchmark.training("plain")
-    assert benchmark.peak_bytes(run, flags, 2, plain) < benchmark.peak_bytes(run, flags, 1, plain)
+    plain = memory.training("plain")
+    assert memory.peak_bytes(run, flags, 2, plain) < memory.peak_bytes(run, flags, 1, plain)
 
 
 def test_memory_has_a_row_for_each(capsys, monkeypatch):
     monkeypatch.setattr(mdmvi, "STRATEGIES", ("learned",))
     monkeypatch.setitem(train.SIZES, "tiny", (1, 2, 64, 128))  # a block less to trace
-    benchmark.main([*SMALL, "--batch", "8", "--budget", "2", "--memory"])
+    memory.main([*SHAPE, "--batch", "8", "--budget", "2"])
     out = capsys.readouterr().out
     assert out.count("scoring 128 with") == 2 * len(mdmvi.STRATEGIES)
     assert "plain step" in out and "order step" in out and "hours" in out

@@ -2151,6 +2151,19 @@ def test_a_baseline_that_has_seen_less_is_told(trained, tmp_path, capsys):
         assert ("has seen less than this stage 2 takes" in capsys.readouterr().err) == short
 
 
+def test_published_weights_are_read_once(trained, tmp_path, monkeypatch):
+    """--init is for a new stage 1: --resume and --start have its weights in their file."""
+    built, read = train.make_tokenizer(train.Args(), eval_gsm8k.TASKS["carries"](60, 0, False)), []
+    monkeypatch.setattr(train, "make_tokenizer", lambda *args: built)
+    monkeypatch.setattr(smdm, "load_smdm", lambda *args: read.append(args))
+    init = [*flags(trained), "--init", "published", "--problems", 0, "--out"]
+    assert call(train, *init, tmp_path / "a") == 0
+    assert [name for name, _ in read] == ["published"]
+    assert call(train, *init, tmp_path / "a", "--resume") == 0
+    assert call(train, *init, tmp_path / "b", "--start", tmp_path / "a" / "plain.pt") == 0
+    assert len(read) == 1
+
+
 def test_another_budget_starts_from_stage_1(trained, tmp_path):
     start = ["--start", trained / "out" / "plain.pt", "--out"]
     assert call(train, *flags(trained), "--budget", 3, *start, tmp_path / "a") == 0

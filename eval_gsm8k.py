@@ -337,8 +337,6 @@ def print_scores(
     """Score, print the table and the learned order by length, write the rows to `json_file`."""
     config = models.denoiser.config
     tokens, canvas, fits = encode_problems(problems, tokenizer, config, with_answers=False)
-    if not any(fits):
-        raise UserError("no prompt fits this model's context: give others, or another --checkpoint")
     if not all(fits):
         print(f"{fits.count(False)} prompts do not fit and count as wrong", file=sys.stderr)
     device = next(models.denoiser.parameters()).device
@@ -394,6 +392,9 @@ def main(argv=None):
     args = parser.parse_args(argv)
     checkpoint, tokenizer, models = load_checkpoint(args.checkpoint, args.device)
     problems = pick_problems(checkpoint, args.data, args.problems)
+    _, _, fits = encode_problems(problems, tokenizer, models.denoiser.config, with_answers=False)
+    if not any(fits):
+        raise UserError("no prompt fits this model's context: give others, or another --checkpoint")
     data = (problems, tokenizer, models, args.budget or [checkpoint["args"]["budget"]])
     print_scores(*data, args.strategies, args.sweep, args.batch, args.seed, args.json)
 

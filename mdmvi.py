@@ -272,7 +272,7 @@ def log_one_minus(log_p):
 
     The best place, where rho = 1, does not notice: the KL multiplies the value by 1 - rho = 0, the
     gradient of its log rho is 0, and `draw_path` always reveals it. Where a second score is within
-    1e-6 tau of the best, the true slope of the KL has no limit, and this one has.
+    1e-6 tau of the best, the true slope of the KL is unbounded, and this one is not.
     """
     return torch.log(-torch.expm1(log_p.clamp(max=-1e-6)))
 
@@ -307,7 +307,8 @@ def draw_path(log_alpha, canvas, s, max_s, tau, generator=None):
 #    with r_si = 1 for all that is left at s = T - 1, here as in q. So
 #        log p(x_0 | c) >= ELBO = E_{M ~ q} sum_{s < T} f_s(M_s)           (f_s: see `step_bound`)
 #        grad ELBO = E_s E_q [ grad f_s / P(s) + (f_s / P(s) - b) grad log q(r_0 .. r_{s-1} | x_0) ]
-#    for a step s drawn with probability P(s), in [F] 1 / T, and any b that does not depend on r.
+#    for a step s drawn with probability P(s), 1 / T in `order_loss` (R), and any b that does not
+#    depend on this path: here the mean over the other K - 1 paths.
 # ------------------------------------------------------------------------------------------------
 
 
@@ -404,7 +405,7 @@ def path_bound(
 
 
 def order_loss(denoiser, policy, posterior, tokens, canvas, budget, tau, paths, generator=None):
-    """Negative ELBO over orders, nats per canvas token, with its RLOO gradient: that of [F] (R).
+    """Negative ELBO over orders, nats per canvas token, with its RLOO gradient, as rebuilt (R).
 
     Each x_0 gets one step s, uniform on 0 .. T-1 and stratified over the batch, and K paths up to
     M_s: the estimate is the mean of T f_s(M_s), from B K denoiser passes. Returns two scalars in

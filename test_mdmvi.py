@@ -1387,8 +1387,8 @@ def test_a_folder_of_data_files(tmp_path):
 
 
 def test_the_splits_of_a_folder_stay_apart(tmp_path):
-    put_rows(tmp_path / "train.jsonl", ROWS[2:])
-    put_rows(tmp_path / "test.jsonl", ROWS[:2])
+    put_rows(tmp_path / "latest_train.jsonl", ROWS[2:])
+    put_rows(tmp_path / "latest_test.jsonl", ROWS[:2])
     for split, rows in (("train", ROWS[2:]), ("test", ROWS[:2]), ("validation", None)):
         found = [p["question"] for p in gsm8k.load_gsm8k(str(tmp_path), split=split)]
         rows = [*ROWS[:2], *ROWS[2:]] if rows is None else rows  # no such names: all files
@@ -2381,7 +2381,7 @@ def originals():
     return [getattr(owner, name) for owner, name in owners]
 
 
-@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+@pytest.mark.parametrize("kind", ["cpu", "cuda"], ids=["as on a CPU", "as on a GPU"])
 def test_a_compiled_run_is_the_eager_one(tmp_path, trained, monkeypatch, kind):
     real, calls = torch.compile, []
     monkeypatch.setitem(train.COMPILED, "cpu", train.COMPILED[kind])

@@ -72,7 +72,8 @@ def load_gsm8k(data, answers="equations", split="train"):
     path = Path(data)
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.name.endswith(SUFFIXES))
-        files = [file for file in files if split in file.name] or files
+        named = re.compile(rf"(?<![a-z]){split}(?![a-z])", re.IGNORECASE)
+        files = [file for file in files if named.search(file.name)] or files
         records = itertools.chain.from_iterable(map(read_records, files))
     elif path.exists():
         records = read_records(path)

@@ -268,7 +268,7 @@ def train_denoiser(denoiser, data, steps, batch, generator, compile=False):
     # A GPU would wait for the host to launch the operations of a small model one by one
     model = torch.compile(denoiser) if compile else denoiser
     try:
-        with train.autocast(generator.device):
+        if compile:
             model(data[0][:batch])
     except torch._dynamo.exc.TorchDynamoException as error:  # no compiler, say
         why = f"torch.compile does not work here ({type(error).__name__})"

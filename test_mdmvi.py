@@ -2151,6 +2151,13 @@ def test_a_baseline_that_has_seen_less_is_told(trained, tmp_path, capsys):
         assert ("has seen less than this stage 2 takes" in capsys.readouterr().err) == short
 
 
+def test_no_folder_is_made_for_a_run_that_cannot_begin(trained, tmp_path, capsys):
+    out = tmp_path / "new"
+    assert call(train, "--data", tmp_path / "none.jsonl", "--out", out) == 2
+    assert call(train, *flags(trained), "--resume", "--out", out) == 2
+    assert not out.exists()
+
+
 def test_published_weights_are_read_once(trained, tmp_path, monkeypatch):
     """--init is for a new stage 1: --resume and --start have its weights in their file."""
     built, read = train.make_tokenizer(train.Args(), eval_gsm8k.TASKS["carries"](60, 0, False)), []

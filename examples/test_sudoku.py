@@ -270,6 +270,18 @@ def test_end_to_end(small, box, tmp_path, capsys):
     assert out.count("@Avg") == out.count("@Max") == len(mdmvi.RULES)
 
 
+def test_without_a_compiler(small, capsys, monkeypatch):
+    def broken(denoiser):
+        def fail(tokens):
+            raise torch._dynamo.exc.TorchDynamoException("no compiler")
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", broken)
+    code, _, err = run(capsys, "--box", "2x2", "--problems", 4, "--compile")
+    assert code == 2 and "does not work here (TorchDynamoException): pass --no-compile" in err
+
+
 def test_scores_are_of_whole_grids():
     puzzles = sudoku.problems(5, 1, True, (2, 2))
     clean, canvas = sudoku.encode(puzzles)

@@ -95,6 +95,14 @@ def test_half_precision_gives_fp32():
     assert hidden.dtype == torch.float32 and denoiser.logits(hidden).dtype == torch.float32
 
 
+def test_the_policy_has_heads_of_its_own():
+    denoiser = wrapped(hidden_size=36, num_attention_heads=12)  # heads of width 3: no rotary ones
+    policy, _ = transformers_model.make_networks(denoiser, 12)
+    assert policy.block.n_head == 2
+    tokens, canvas = some_problems()
+    assert policy(denoiser(tokens), canvas).shape == tokens.shape
+
+
 def test_models_that_do_not_come_apart_or_look_backwards_are_refused():
     with pytest.raises(ValueError, match="Gemma2ForCausalLM is not its parts in a row"):
         wrapped("Gemma2", final_logit_softcapping=0.1, num_key_value_heads=1, head_dim=16)

@@ -265,14 +265,16 @@ def make_networks(box, size, seed, device):
 
 def train_denoiser(denoiser, data, steps, batch, generator, compile=False):
     """Stage 1: the plain loss on data = (tokens, canvas); the denoiser is frozen after it."""
-    # A GPU would wait for the host to launch the operations of a small model one by one
-    model = torch.compile(denoiser) if compile else denoiser
-    try:
-        if compile:
-            model(data[0][:batch])
-    except torch._dynamo.exc.TorchDynamoException as error:  # no compiler, say
-        why = f"torch.compile does not work here ({type(error).__name__})"
-        raise UserError(f"{why}: pass --no-compile")
+    model = denoiser
+    if compile:
+        # A GPU would wait for the host to launch the operations of a small model one by one
+        model = torch.compile(denoiser)
+        try:
+            with train.autocast(generator.device):  # as below, or it would be compiled twice
+                model(data[0][:batch])
+        except torch._dynamo.exc.TorchDynamoException as error:  # no compiler, say
+            why = f"torch.compile does not work here ({type(error).__name__})"
+            raise UserError(f"{why}: pass --no-compile")
 
     def loss_of():
         with train.autocast(generator.device):

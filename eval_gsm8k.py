@@ -43,7 +43,7 @@ SEPARATOR = "||"  # between question and answer, as in SMDM's fine-tuning data
 VERSION = 9  # of the checkpoints
 # Of a run, each with the network without which it cannot go on
 STAGES = {"plain": "denoiser", "baseline": "baseline", "order": "policy", "done": "denoiser"}
-RULES = [*mdmvi.RULES, *mdmvi.EOS_RULES]
+ALL_RULES = [*mdmvi.RULES, *mdmvi.EOS_RULES]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -167,7 +167,7 @@ def load_checkpoint(path, device="cpu"):
         raise UserError(f"no checkpoint at {path}: {advice}, or run python train.py first")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if checkpoint.get("version", VERSION) != VERSION:
+        if checkpoint["version"] != VERSION:
             raise UserError(f"checkpoint {path} was written by an older version: train again")
         args, config = checkpoint["args"], mdmvi.ModelConfig(**checkpoint["config"])
         pieces = checkpoint["tokenizer"]  # or the text of a tokenizer.json
@@ -332,7 +332,15 @@ def by_length(problems, result):
 
 
 def print_scores(
-    problems, tokenizer, models, budgets, rules=RULES, sweep=(), batch=128, seed=0, json_file=None
+    problems,
+    tokenizer,
+    models,
+    budgets,
+    rules=ALL_RULES,
+    sweep=(),
+    batch=128,
+    seed=0,
+    json_file=None,
 ):
     """Score, print the table and the learned order by length, write the rows to `json_file`."""
     config = models.denoiser.config
@@ -381,7 +389,7 @@ def main(argv=None):
     add("--checkpoint", default="out/checkpoint.pt", help="what train.py wrote")
     add("--data", help=".json/.jsonl(.gz/.xz) file, folder or hub name (default: embedded ones)")
     add("--budget", type=positive, nargs="+", help="budgets T (default: the one trained for)")
-    names = {"choices": RULES, "default": RULES, "metavar": "RULE"}
+    names = {"choices": ALL_RULES, "default": ALL_RULES, "metavar": "RULE"}
     add("--strategies", nargs="+", help="rules to compare with", **names)
     add("--sweep", type=positive, nargs="+", default=(), help="score the rules at these steps too")
     add("--problems", type=positive, help="how many (default: 2000 embedded ones, or the file)")

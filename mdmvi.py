@@ -550,7 +550,6 @@ def generate(
     eos_id = denoiser.eos_id if eos else None
     tokens = tokens.masked_fill(canvas, denoiser.mask_id)
     reveal_step = torch.full_like(tokens, -1)
-    steps = torch.zeros_like(tokens[:, 0])
     rows = canvas.any(1).nonzero().squeeze(1)
     for s in range(budget):
         if len(rows) == 0:
@@ -567,9 +566,8 @@ def generate(
         filled = x.masked_scatter(masked, draw_tokens(logits, temperature, generator))
         tokens[rows] = torch.where(reveal, filled, x)
         reveal_step[rows] = reveal_step[rows].masked_fill(reveal, s)
-        steps[rows] = s + 1
         rows = rows[(masked & ~reveal).any(1)]
-    return Generation(tokens, reveal_step, steps)
+    return Generation(tokens, reveal_step, steps=reveal_step.amax(1) + 1)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -608,10 +606,11 @@ def draw_step(log_alpha, canvas, budget, tau, paths, generator=None):
 def importance_order_loss(
     denoiser, policy, posterior, tokens, canvas, budget, tau, paths, generator=None
 ):
-    """`order_loss` with less variance: f_0 exactly, plus f_s / P(s), from B (K + 1) passes (T > 1).
+    """`order_loss` with less variance: f_0 exactly, plus f_s / P(s), from B (K + 1) passes.
 
     All paths of a problem begin with the full canvas, so f_0 takes one pass and is exact. One later
-    step s is drawn by `draw_step`. Arguments, result and errors as for `order_loss`.
+    step s is drawn by `draw_step`; with T = 1 there is none. Arguments, result and errors are those
+    of `order_loss`.
     """
     check_positive(budget=budget, tau=tau, paths=paths)
     log_alpha, length = posterior(tokens, canvas), canvas.sum(1)
@@ -630,7 +629,7 @@ def importance_order_loss(
 
 
 def unsure(policy, hidden, masked, limit=4.6):
-    """A policy's logits, squashed to between -limit and limit: with 4.6, 0.01 < pi < 0.99.
+    """A policy's logits, squashed to between -limit and limit: 4.6 keeps pi from 0.01 to 0.99.
 
     `functools.partial(unsure, policy)` takes the policy's place in a loss, for the first half or so
     of stage 2. A policy is soon certain of the order that it sees; any other one then costs ten

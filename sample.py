@@ -57,7 +57,7 @@ def parse_args(argv):
     add = parser.add_argument
     add("prompt", nargs="?", help="the problem (default: read from standard input)")
     add("--checkpoint", default="out/checkpoint.pt", help="what train.py wrote")
-    names = {"choices": ["learned", *eval_gsm8k.RULES], "default": ["learned"]}
+    names = {"choices": ["learned", *eval_gsm8k.ALL_RULES], "default": ["learned"]}
     add("--strategy", nargs="+", help="one or several, given after the prompt", **names)
     add("--budget", type=positive, help="steps (default: the budget it was trained for)")
     add("--temperature", type=amount, default=0.0, help="0: the most likely token")

@@ -1691,7 +1691,7 @@ def test_the_models_of_plain_pt_have_names_of_their_own():
 
 
 def test_strategy_names():
-    names = eval_gsm8k.RULES
+    names = eval_gsm8k.ALL_RULES
     assert len(set(names)) == len(names) == 11
     assert "learned" not in names and "top_prob+eos" in names and "iid+eos" not in names
 

@@ -66,7 +66,7 @@ COMPILED = {
 }
 TIMETABLE_PASSES = 400  # of the search for a timetable, on each of its problems
 HELD_OUT = 256  # problems kept from training on a file; the closing bounds are taken on so many
-SAVE_EVERY = 300  # seconds between saves; one of 170M parameters may take five
+SAVE_EVERY = 300  # seconds between saves; to save 170M parameters may take five of them
 MAY_DIFFER = {"out", "resume", "start", "device", "compile", "problems"}  # when a run goes on
 MUST_MATCH = ("answers", "size", "init", "max_len", "canvas_len")  # the run of --start
 DIVERGED = "files are as last saved; train again with a lower learning rate and another --out"
@@ -379,7 +379,7 @@ def train_stage(run, data, stop, log):
             while_read(bar.update)
             saving = stop or time.perf_counter() - saved > SAVE_EVERY
             if saving or run.step % 20 == 0 or run.step == steps:
-                loss, kl = (total / since).tolist()  # the only place that waits for the device
+                loss, kl = (total / since).tolist()  # no other line of a step waits for the device
                 if not math.isfinite(loss):
                     raise UserError(f"loss is {loss} at {stage} step {run.step}: {DIVERGED}")
                 bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)

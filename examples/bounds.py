@@ -25,8 +25,8 @@ from examples import runs
 from examples.command_line import Parser, UserError, add_device, aligned, positive, run_main, whole
 from examples.spread import canvas_place, equal_parts
 
-RULES = (*mdmvi.CONFIDENCE_RULES, "left_to_right")  # none of them draws
-ROWS = (*RULES, "spread", "best runs")
+FIXED_RULES = (*mdmvi.CONFIDENCE_RULES, "left_to_right")  # none of them draws
+ROWS = (*FIXED_RULES, "spread", "best runs")
 
 
 @torch.no_grad()

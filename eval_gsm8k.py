@@ -167,7 +167,7 @@ def load_checkpoint(path, device="cpu"):
         raise UserError(f"no checkpoint at {path}: {advice}, or run python train.py first")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if checkpoint["version"] != VERSION:
+        if checkpoint.get("version", VERSION) != VERSION:
             raise UserError(f"checkpoint {path} was written by an older version: train again")
         args, config = checkpoint["args"], mdmvi.ModelConfig(**checkpoint["config"])
         pieces = checkpoint["tokenizer"]  # or the text of a tokenizer.json

@@ -7,10 +7,9 @@ import functools
 import itertools
 import json
 import random
-import subprocess
+import runpy
 import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
@@ -19,7 +18,6 @@ import train
 from examples import arithmetic, gsm8k
 from examples.command_line import UserError
 
-ROOT = Path(__file__).resolve().parent.parent
 SIGNS = {"buys": 1, "finds": 1, "gets": 1, "sells": -1, "loses": -1, "lends": -1}
 FLAGS = {"shopping": [], "carries": ["--data", "carries", "--max-len", "64", "--canvas-len", "36"]}
 
@@ -164,11 +162,12 @@ def test_the_answer_is_judged_by_all_solutions():
         assert eval_gsm8k.judge(text, problem) == (answered, solved)
 
 
-def test_the_command_line(capsys):
+def test_the_command_line(capsys, monkeypatch):
     flags = ["--problems", "3", "--held-out"]
-    line = [sys.executable, "-m", "examples.arithmetic", *flags]
-    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert [json.loads(x) for x in done.stdout.splitlines()] == arithmetic.shopping(3, 0, True)
+    monkeypatch.setattr(sys, "argv", [arithmetic.__file__, *flags])
+    runpy.run_path(arithmetic.__file__, run_name="__main__")
+    out = capsys.readouterr().out
+    assert [json.loads(x) for x in out.splitlines()] == arithmetic.shopping(3, 0, True)
     arithmetic.main([*flags, "--task", "carries"])
     out = capsys.readouterr().out
     assert [json.loads(x) for x in out.splitlines()] == arithmetic.carries(3, 0, True)

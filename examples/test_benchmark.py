@@ -144,10 +144,23 @@ def test_live_bytes_by_hand():
     assert memory.peak_bytes(run, flags, 2, plain) < memory.peak_bytes(run, flags, 1, plain)
 
 
-def test_memory_has_a_row_for_each(capsys, monkeypatch):
-    monkeypatch.setattr(mdmvi, "STRATEGIES", ("learned",))
+def test_memory_of_an_order_step_and_of_scoring(monkeypatch):
     monkeypatch.setitem(train.SIZES, "tiny", (1, 2, 64, 128))  # a block less to trace
+    flags = benchmark.parse_args([*SMALL, "--batch", "4", "--budget", "2"])
+    run = make_run(flags)
+    plain, order = (memory.peak_bytes(run, flags, 1, memory.training(s)) for s in benchmark.STAGES)
+    scoring = (memory.peak_bytes(run, flags, 1, memory.scoring("learned", t)) for t in (0.0, 1.0))
+    weights = sum(4 * p.numel() for p in run.denoiser.parameters())
+    assert order > plain > 4 * weights and all(peak > weights for peak in scoring)
+
+
+def test_memory_has_a_row_for_each(capsys, monkeypatch):
+    """With stand-ins for the peaks, which the tests above compute."""
+    monkeypatch.setattr(memory, "peak_bytes", lambda run, flags, n, function: n * 2**30)
     memory.main([*SHAPE, "--batch", "8", "--budget", "2"])
-    out = capsys.readouterr().out
-    assert out.count("scoring 128 with") == 2 * len(mdmvi.STRATEGIES)
-    assert "plain step" in out and "order step" in out and "hours" in out
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines if " step  " in line] == [
+        [stage, "step", "1.0", "2.0"] for stage in benchmark.STAGES
+    ]
+    assert sum("scoring 128 with" in line for line in lines) == 2 * len(mdmvi.STRATEGIES)
+    assert "hours" in lines[-1]

@@ -137,7 +137,7 @@ def trained():
     model, generator = make_model("Bert"), torch.Generator().manual_seed(0)
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(250):
+    for _ in range(150):
         tokens = twins(64, generator)
         masked = torch.rand(64, 4, generator=generator) < 0.6
         masked[:, :2] = False

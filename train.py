@@ -424,6 +424,8 @@ def train(run, data):
     with open(out / "log.jsonl", "a" if args.resume else "w") as log:
         log.truncate(min(run.logged, log.tell()))  # drop what a killed run told after it had saved
         while run.stage != "done":
+            if run.stage == "baseline" and run.step == 0:
+                run.baseline = copy.deepcopy(run.denoiser)
             if run.stage == "order" and run.step == 0:
                 signal.signal(signal.SIGINT, signal.default_int_handler)  # nothing is unsaved here
                 run.begin_orders()
@@ -432,8 +434,6 @@ def train(run, data):
             signal.signal(signal.SIGINT, lambda *_: sys.exit(130) if stop else stop.append(1))
             train_stage(run, data, stop, log)
             run.stage, run.step = after[run.stage], 0
-            if run.stage == "baseline":
-                run.baseline = copy.deepcopy(run.denoiser)
             if run.stage == "order":
                 run.save(out / "plain.pt")
             run.save(out / "checkpoint.pt")
@@ -469,10 +469,10 @@ def main(argv=None):
         there = run.load(args.start, MUST_MATCH)
         if run.policy is not None or run.stage not in ("order", "done"):
             raise UserError(f"{args.start} is no plain.pt: give the file as it was before stage 2")
-        run.stage, run.step = "order", 0  # or it was a run of stage 1 alone, which is done
+        run.stage = "order"  # or it was a run of stage 1 alone, which is done
         # Stage 1 alone, or a run with a frozen denoiser, had no baseline
         if run.baseline is None and args.order_lr > 0:
-            run.stage, run.baseline = "baseline", copy.deepcopy(run.denoiser)
+            run.stage = "baseline"
         elif args.order_lr > 0 and math.prod(baseline_size(there)) < math.prod(baseline_size(args)):
             print(SHORT_BASELINE.format(args.start), file=sys.stderr)
         run.save(out / "checkpoint.pt")

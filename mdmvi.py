@@ -20,7 +20,8 @@ torch.Generator on the tensors' device, or None for the global one. Log-probabil
 (R) marks what is rebuilt from summaries of [F]: the policy's input, the posterior's form, the loss.
 (ours) marks our own changes and rules. No network is told the step s, only what is masked.
 
-A denoiser is any object with `denoiser(tokens)` -> hidden [B, N, D], `denoiser.logits(hidden)`
+A denoiser is any object with `denoiser(tokens)` -> hidden [B, N, D], `denoiser(tokens, place)`
+-> hidden [M, D], the same at `place` int64 [M] of the flattened batch, `denoiser.logits(hidden)`
 for hidden [M, D] -> [M, V], -inf for MASK, and the attributes `mask_id` and, for EOS_RULES,
 `eos_id`. M may be 0; hidden has the dtype of the policy's weights; there is no dropout (eval mode
 is left to the caller). An optional `canvas_len` is the most places a canvas has: on a GPU losses
@@ -94,7 +95,10 @@ def rotate(x, cos, sin):
 
 
 class Block(nn.Module):
-    """Pre-norm attention over everything, then SwiGLU."""
+    """Pre-norm attention over everything, then SwiGLU: x [B, N, D] -> [B, N, D].
+
+    With `place` int64 [M] only these rows of the flattened result, [M, D].
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -111,13 +115,16 @@ class Block(nn.Module):
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
-    def forward(self, x):
+    def forward(self, x, place=None):
         B, N, D = x.shape
         cos, sin = self.cos[:N], self.sin[:N]
         qkv = self.qkv(self.norm_1(x)).view(B, N, self.n_head, 3, D // self.n_head)
         q, k, v = qkv.permute(3, 0, 2, 1, 4)
         y = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v)
-        x = x + self.proj(y.transpose(1, 2).reshape(B, N, D))
+        y = y.transpose(1, 2).reshape(B, N, D)
+        if place is not None:  # what follows looks at each position alone
+            x, y = x.flatten(0, 1)[place], y.flatten(0, 1)[place]
+        x = x + self.proj(y)
         y = self.norm_2(x)
         return x + self.w3(F.silu(self.w1(y)) * self.w2(y))
 
@@ -125,7 +132,8 @@ class Block(nn.Module):
 class Trunk(nn.Module):
     """Embedding, blocks and final norm: tokens int64 [B, N] -> hidden [B, N, D].
 
-    `shift` [B, N or 1, D] is added to the embedding. Raises ValueError where N is above max_len.
+    `shift` [B, N or 1, D] is added to the embedding. With `place` int64 [M] only these rows of the
+    flattened result, [M, D]. Raises ValueError where N is above max_len.
     """
 
     def __init__(self, config, n_layer):
@@ -140,18 +148,22 @@ class Trunk(nn.Module):
                 std = 0.02 / math.sqrt(2 * n_layer) if into_residual else 0.02
                 nn.init.normal_(weight, std=std)
 
-    def forward(self, tokens, shift=None):
+    def forward(self, tokens, shift=None, place=None):
         N = tokens.shape[1]
         if N > self.max_len:
             raise ValueError(f"{N} tokens are more than the model's context of {self.max_len}")
         x = self.wte(tokens) if shift is None else self.wte(tokens) + shift
-        for block in self.blocks:
+        *first, last = self.blocks
+        for block in first:
             x = block(x)
-        return self.norm(x)
+        return self.norm(last(x, place))
 
 
 class Denoiser(nn.Module):
-    """p_theta(x^i | x_s): tokens int64 [B, N] -> hidden [B, N, D], and logits of chosen places."""
+    """p_theta(x^i | x_s): tokens int64 [B, N] -> hidden [B, N, D], and logits of chosen places.
+
+    With `place` int64 [M] only these rows of the flattened hidden states, [M, D].
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -162,8 +174,8 @@ class Denoiser(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         nn.init.normal_(self.lm_head.weight, std=0.02)
 
-    def forward(self, tokens):
-        return self.trunk(tokens)
+    def forward(self, tokens, place=None):
+        return self.trunk(tokens, place=place)
 
     def logits(self, hidden):
         """hidden [..., D] -> fp32 logits [..., V]; -inf for MASK."""
@@ -192,20 +204,23 @@ class UnmaskPolicy(nn.Module):
         return self.outer(hidden).squeeze(-1).float()
 
 
-def token_log_prob(denoiser, tokens, masked):
-    """One pass on x_s: (log p_theta(x_0^i | x_s) fp32 [B, N], 0 off M_s; hidden [B, N, D]).
+def token_log_prob(denoiser, tokens, masked, hidden=None):
+    """log p_theta(x_0^i | x_s), fp32 [B, N], 0 off M_s, from one pass on x_s.
 
-    Logits are computed where they are scored, at M_s. All is nan where M_s is larger than
-    `canvas_len` allows on a GPU.
+    What only scored places need is computed at M_s alone: the logits, and the end of the last block
+    too, unless `hidden` [B, N, D], of a pass that was made already, is given. All is nan where M_s
+    is larger than `canvas_len` allows on a GPU.
     """
-    hidden = denoiser(tokens.masked_fill(masked, denoiser.mask_id))
-    # What follows is -cross_entropy(logits(hidden[masked]), tokens[masked]), put back at M_s
     place, used = scored_places(denoiser, masked)
-    logits = denoiser.logits(hidden.flatten(0, 1)[place]).float()
+    if hidden is None:
+        hidden = denoiser(tokens.masked_fill(masked, denoiser.mask_id), place)
+    else:
+        hidden = hidden.flatten(0, 1)[place]
+    # What follows is -cross_entropy(logits, x_0) of these places, put back at M_s
+    logits = denoiser.logits(hidden).float()
     log_p = -F.cross_entropy(logits, tokens.flatten()[place], reduction="none")
     flat = log_p.new_zeros(tokens.numel()).scatter_add(0, place, torch.where(used, log_p, 0.0))
-    flat = flat.masked_fill(used.sum() < masked.sum(), math.nan)
-    return flat.view(tokens.shape), hidden
+    return flat.masked_fill(used.sum() < masked.sum(), math.nan).view(tokens.shape)
 
 
 def scored_places(denoiser, masked):
@@ -320,7 +335,8 @@ def step_bound(denoiser, policy, tokens, masked, log_rho, last):
     The token term is Rao-Blackwellised: the expectation over r_s is in closed form. masked bool
     [B, N] (M_s); log_rho float [B, N]; last bool [B]: the row is at s = T - 1, where rho = pi = 1.
     """
-    log_p, hidden = token_log_prob(denoiser, tokens, masked)
+    hidden = denoiser(tokens.masked_fill(masked, denoiser.mask_id))
+    log_p = token_log_prob(denoiser, tokens, masked, hidden)
     pi_logits = policy(hidden, masked)
     log_rho = log_rho.masked_fill(last[:, None], 0.0)
     rho = log_rho.exp()
@@ -363,7 +379,7 @@ def uniform_elbo(denoiser, tokens, canvas, budget, samples, generator=None):
         masked = canvas
         for s in range(budget):
             log_rho = torch.full(tokens.shape, -math.log(budget - s), device=tokens.device)
-            log_p, _ = token_log_prob(denoiser, tokens, masked)
+            log_p = token_log_prob(denoiser, tokens, masked)
             total += log_p.sum(1) / (budget - s)
             masked = masked & ~draw_reveal(log_rho, masked, generator)
     return total / samples
@@ -433,7 +449,7 @@ def mdm_loss(denoiser, tokens, canvas, generator=None, rates=(0.0, 1.0)):
     low, high = rates
     t = high - (high - low) * stratified_uniform(len(tokens), tokens.device, generator)
     u = torch.rand(tokens.shape, device=tokens.device, generator=generator)
-    log_p, _ = token_log_prob(denoiser, tokens, canvas & (u < t[:, None]))
+    log_p = token_log_prob(denoiser, tokens, canvas & (u < t[:, None]))
     return -(log_p.sum(1) / t / canvas.sum(1)).mean()
 
 

@@ -58,8 +58,8 @@ SIZES = {
     "170m": (18, 12, 768, 3072),
 }
 MIDDLE = (0.2, 0.7)  # mask rates: below, a sum can be copied; above, its numbers are hidden
-# What --compile compiles. On a CPU the number of scored places differs from step to step, and
-# each would have its own graph: there it is the trunks alone
+# What --compile compiles. On a CPU the number of scored places differs from step to step: there it
+# is the trunks alone, for any number
 COMPILED = {
     "cuda": ((mdmvi, "token_log_prob"), (mdmvi, "step_bound"), (mdmvi.OrderPosterior, "scores")),
     "cpu": ((mdmvi.Trunk, "forward"),),
@@ -336,7 +336,8 @@ def compiled(run, stage, data, n):
         for owner, name in COMPILED[run.device.type]:
             function = getattr(owner, name)
             set_back.callback(setattr, owner, name, function)
-            setattr(owner, name, torch.compile(function, dynamic=False))
+            dynamic = False if run.device.type == "cuda" else None
+            setattr(owner, name, torch.compile(function, dynamic=dynamic))
         try:
             with autocast(run.device):
                 loss, _ = stage_loss(run, stage, data, n // run.args.accumulate)

@@ -314,11 +314,11 @@ class PlainModel(nn.Module):
 
 
 def all_logits(denoiser, tokens, masked):
-    """mdmvi.token_log_prob, but with the logits of all places."""
+    """mdmvi.token_log_prob, but from the hidden states and logits of all places."""
     hidden = denoiser(tokens.masked_fill(masked, denoiser.mask_id))
     logits = denoiser.logits(hidden).flatten(0, 1)
     log_p = -F.cross_entropy(logits, tokens.flatten(), reduction="none").view(tokens.shape)
-    return log_p.masked_fill(~masked, 0.0), hidden
+    return log_p.masked_fill(~masked, 0.0)
 
 
 def print_against_plain(run, flags, data):

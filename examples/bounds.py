@@ -52,7 +52,7 @@ def timetable_bound(denoiser, tokens, canvas, timetable):
     """log p of x_0 along a timetable, nats [B]; timetable int64 [L] has the step of each place."""
     step, total = timetable[canvas_place(canvas)], torch.zeros(len(tokens), device=tokens.device)
     for s in range(int(timetable.max()) + 1):
-        log_p, _ = mdmvi.token_log_prob(denoiser, tokens, canvas & (step >= s))
+        log_p = mdmvi.token_log_prob(denoiser, tokens, canvas & (step >= s))
         total += (log_p * (step == s)).sum(1)
     return total
 

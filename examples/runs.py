@@ -95,7 +95,7 @@ def run_log_prob(denoiser, tokens, canvas, L=None):
     position, _ = canvas_positions(canvas, L)
     before, values = canvas.cumsum(1) - 1, []
     for i in range(L):
-        log_p, _ = mdmvi.token_log_prob(denoiser, tokens, canvas & (before >= i))
+        log_p = mdmvi.token_log_prob(denoiser, tokens, canvas & (before >= i))
         values.append(log_p.gather(1, position).cumsum(1))
     return F.pad(torch.stack(values, 1), (1, 0))
 

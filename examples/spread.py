@@ -94,7 +94,7 @@ def search_timetable(denoiser, tokens, canvas, timetable, passes, generator=None
         """Mean log p_theta of each place before step s, nats [L]; 0 where it is revealed."""
         total = torch.zeros(len(timetable), device=tokens.device)
         for x, on, at in zip(tokens.split(64), canvas.split(64), place.split(64)):
-            log_p, _ = mdmvi.token_log_prob(denoiser, x.long(), on & (timetable[at] >= s))
+            log_p = mdmvi.token_log_prob(denoiser, x.long(), on & (timetable[at] >= s))
             total += log_p[on].view(len(x), -1).sum(0)
         return total / len(tokens)
 

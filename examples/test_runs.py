@@ -136,9 +136,10 @@ def test_search_cuts_finds_where_a_cut_pays(monkeypatch):
 
         mask_id, eos_id = 4, 0
 
-        def __call__(self, tokens):
+        def __call__(self, tokens, place=None):
             partner = torch.tensor([2, 3, 0, 1, 4])[tokens.view(-1, 2, 2).flip(2)].flatten(1)
-            return 9.0 * torch.nn.functional.one_hot(partner, 5).float()
+            hidden = 9.0 * torch.nn.functional.one_hot(partner, 5).float()
+            return hidden if place is None else hidden.flatten(0, 1)[place]
 
         def logits(self, hidden):
             return hidden[..., :4]

@@ -164,8 +164,9 @@ class Toy:
     def __init__(self, seed=0):
         self.table = 1.5 * torch.randn(4**4, 4, 3, generator=rng(seed))
 
-    def __call__(self, tokens):
-        return self.table[(tokens * 4 ** torch.arange(4)).sum(1)]
+    def __call__(self, tokens, place=None):
+        hidden = self.table[(tokens * 4 ** torch.arange(4)).sum(1)]
+        return hidden if place is None else hidden.flatten(0, 1)[place]
 
     def logits(self, hidden):
         return hidden
@@ -357,7 +358,7 @@ def test_interrupted_or_no_number(small, error, code, capsys, tmp_path, monkeypa
     def broken(denoiser, tokens, canvas, generator):
         if error:
             raise error
-        return mdmvi.token_log_prob(denoiser, tokens, canvas)[0].sum() * math.nan
+        return mdmvi.token_log_prob(denoiser, tokens, canvas).sum() * math.nan
 
     monkeypatch.setattr(mdmvi, "mdm_loss", broken)
     flags = ("--box", "2x2", "--steps", 30, "--json", tmp_path / "rows.json")

@@ -60,6 +60,8 @@ def test_logits_are_those_of_the_model_but_for_mask(kind):
         own = denoiser.model(input_ids=tokens, is_causal=False).logits
     hidden = denoiser(tokens)
     assert hidden.shape == (3, 12, 32) and hidden.dtype == torch.float32
+    place = torch.tensor([30, 2, 2])
+    assert torch.equal(denoiser(tokens, place), hidden.flatten(0, 1)[place])
     logits = denoiser.logits(hidden)
     rest = [i for i in range(V) if i != MASK]
     assert torch.allclose(logits[..., rest], own[..., rest], atol=1e-5)

@@ -51,9 +51,10 @@ class Toy:
     def state(self, tokens):
         return (tokens * 4 ** torch.arange(4)).sum(1)
 
-    def __call__(self, tokens, z):
+    def __call__(self, tokens, z, place=None):
         state = self.state(tokens)
-        return self.base[state] + self.slope[state] * z[:, :, None]
+        hidden = self.base[state] + self.slope[state] * z[:, :, None]
+        return hidden if place is None else hidden.flatten(0, 1)[place]
 
     def logits(self, hidden):
         return hidden
@@ -184,10 +185,11 @@ class GaussianToy:
     mu, var = w * y / (1 + w * w), 1 / (1 + w * w)  # of z given the token 0
     log_p = -c - math.log(1 + w * w) / 2 - y * y / (1 + w * w) / 2
 
-    def __call__(self, tokens, z):
+    def __call__(self, tokens, z, place=None):
         self.z = z.double()
         first = -(self.w * self.z - self.y).square() / 2 - self.c
-        return torch.stack((first, (-torch.expm1(first)).log()), -1)
+        hidden = torch.stack((first, (-torch.expm1(first)).log()), -1)
+        return hidden if place is None else hidden.flatten(0, 1)[place]
 
     def logits(self, hidden):
         return hidden
@@ -337,6 +339,9 @@ def test_denoiser_adds_z_to_every_position():
     z = torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.5, -1.0]])
     hidden = model(tokens, z)
     assert torch.equal(hidden[1], plain(tokens)[1])
+    place = torch.tensor([20, 3])
+    given = vmd.Given(model, z)(tokens, place)
+    assert torch.allclose(given, hidden.flatten(0, 1)[place], atol=1e-5)
     for row in (0, 2):  # a row's own z, as if its embedding had been another
         moved = mdmvi.Denoiser(tiny_config())
         moved.load_state_dict(plain.state_dict())

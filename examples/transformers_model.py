@@ -43,9 +43,10 @@ class TransformersDenoiser:
         self.check(type(model).__name__)
 
     @torch.no_grad()
-    def __call__(self, tokens):
-        """int64 [B, N] -> last hidden states fp32 [B, N, D]."""
-        return self.model.base_model(input_ids=tokens, **BOTH_WAYS).last_hidden_state.float()
+    def __call__(self, tokens, place=None):
+        """int64 [B, N] -> last hidden states fp32 [B, N, D], or rows `place` of them, [M, D]."""
+        hidden = self.model.base_model(input_ids=tokens, **BOTH_WAYS).last_hidden_state.float()
+        return hidden if place is None else hidden.flatten(0, 1)[place]
 
     @torch.no_grad()
     def logits(self, hidden):

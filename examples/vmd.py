@@ -70,8 +70,8 @@ class LatentDenoiser(mdmvi.Denoiser):
         nn.init.normal_(self.from_z.weight, std=0.02)
         self.encoder = LatentEncoder(config, latent_dim)
 
-    def forward(self, tokens, z):
-        return self.trunk(tokens, self.from_z(z)[:, None])
+    def forward(self, tokens, z, place=None):
+        return self.trunk(tokens, self.from_z(z)[:, None], place)
 
 
 class Given:
@@ -85,8 +85,8 @@ class Given:
         self.logits = denoiser.logits
         self.mask_id = denoiser.mask_id
 
-    def __call__(self, tokens):
-        return self.denoiser(tokens, self.z)
+    def __call__(self, tokens, place=None):
+        return self.denoiser(tokens, self.z, place)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -117,7 +117,7 @@ def random_steps_loss(denoiser, tokens, canvas, budget, generator=None):
     t = 1.0 - mdmvi.stratified_uniform(len(tokens), tokens.device, generator)
     t = (t * budget).ceil() / budget
     u = torch.rand(tokens.shape, device=tokens.device, generator=generator)
-    log_p, _ = mdmvi.token_log_prob(denoiser, tokens, canvas & (u < t[:, None]))
+    log_p = mdmvi.token_log_prob(denoiser, tokens, canvas & (u < t[:, None]))
     return -(log_p.sum(1) / t / canvas.sum(1)).mean()
 
 

@@ -58,12 +58,8 @@ SIZES = {
     "170m": (18, 12, 768, 3072),
 }
 MIDDLE = (0.2, 0.7)  # mask rates: below, a sum can be copied; above, its numbers are hidden
-# What --compile compiles. On a CPU the number of scored places differs from step to step: there it
-# is the trunks alone, for any number
-COMPILED = {
-    "cuda": ((mdmvi, "token_log_prob"), (mdmvi, "step_bound"), (mdmvi.OrderPosterior, "scores")),
-    "cpu": ((mdmvi.Trunk, "forward"),),
-}
+# What --compile compiles
+COMPILED = ((mdmvi, "token_log_prob"), (mdmvi, "step_bound"), (mdmvi.OrderPosterior, "scores"))
 TIMETABLE_PASSES = 400  # of the search for a timetable, on each of its problems
 HELD_OUT = 256  # problems kept from training on a file; the closing bounds are taken on so many
 SAVE_EVERY = 300  # seconds between saves; to save 170M parameters may take five of them
@@ -95,9 +91,9 @@ class Args:
     middle: share = 0.5  # stage 1: share at its start with mask rates from 0.2 to 0.7 (GSM8K: 0)
     batch: positive = 32  # stage 1: sequences a step
     lr: amount = 2e-3  # stage 1: peak learning rate
-    order_steps: whole = 500  # stage 2: steps; the baseline takes as many passes; 0: stage 1 only
+    order_steps: whole = 300  # stage 2: steps; the baseline takes as many passes; 0: stage 1 only
     order_batch: positive = 16  # stage 2: problems a step
-    paths: positive = 3  # stage 2: paths a problem, K (spread: always 1, as all are alike)
+    paths: positive = 2  # stage 2: paths a problem, K (spread: always 1, as all are alike)
     order_lr: amount = 1e-3  # stage 2, baseline: peak rate of the denoiser; 0 leaves it frozen
     head_lr: amount = 3e-3  # stage 2: peak rate of the policy and of the search; posterior: a tenth
     search: whole = 512  # stage 2: problems to search the first orders on (paper: always 0)
@@ -109,7 +105,7 @@ class Args:
     accumulate: positive = 1  # split each step into so many micro-batches
     problems: whole = 500  # held-out problems in the closing table (of a file up to 256); 0: none
     device: usable_device = DEVICE  # cpu, cuda, cuda:1, ...
-    compile: bool = torch.cuda.is_available()  # torch.compile; on a CPU it needs a C++ compiler
+    compile: bool = torch.cuda.is_available()  # torch.compile, which seldom pays on a CPU
 
 
 def parse_args(argv=None):
@@ -333,10 +329,11 @@ def compiled(run, stage, data, n):
         return
     state = run.generator.get_state()
     with contextlib.ExitStack() as set_back:
-        for owner, name in COMPILED[run.device.type]:
+        # On a CPU the number of scored places differs from step to step
+        dynamic = False if run.device.type == "cuda" else None
+        for owner, name in COMPILED:
             function = getattr(owner, name)
             set_back.callback(setattr, owner, name, function)
-            dynamic = False if run.device.type == "cuda" else None
             setattr(owner, name, torch.compile(function, dynamic=dynamic))
         try:
             with autocast(run.device):

@@ -154,11 +154,12 @@ def in_turn(functions, device, repeats):
 
 
 def flops_of(config, places):
-    """Of a training step on one sequence: products of the blocks, attention, logits at `places`."""
-    block = 4 * config.n_embd**2 + 3 * config.n_embd * config.n_hidden
-    attention = 2 * config.n_embd * config.max_len
-    trunk = config.max_len * config.n_layer * (block + attention)
-    return 6.0 * (trunk + places * config.n_embd * config.vocab_size)
+    """Of a training step on one sequence: products and attention of the blocks, and at `places`
+    alone the end of the last block and the logits."""
+    attention = 3 * config.n_embd**2 + 2 * config.n_embd * config.max_len
+    end = config.n_embd**2 + 3 * config.n_embd * config.n_hidden
+    trunk = config.max_len * (config.n_layer * (attention + end) - end)
+    return 6.0 * (trunk + places * (end + config.n_embd * config.vocab_size))
 
 
 def describe(device):

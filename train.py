@@ -87,7 +87,7 @@ class Args:
     init: text = None  # start from smdm-170m, or a folder with SMDM .safetensors and tokenizer.json
     max_len: positive = 52  # tokens in prompt and canvas together (256 for GSM8K)
     canvas_len: positive = 27  # tokens in the canvas (96 for GSM8K)
-    steps: positive = 6000  # stage 1: plain steps
+    steps: positive = 7000  # stage 1: plain steps
     middle: share = 0.5  # stage 1: share at its start with mask rates from 0.2 to 0.7 (GSM8K: 0)
     batch: positive = 32  # stage 1: sequences a step
     lr: amount = 2e-3  # stage 1: peak learning rate

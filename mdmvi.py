@@ -23,11 +23,11 @@ torch.Generator on the tensors' device, or None for the global one. Log-probabil
 A denoiser is any object with `denoiser(tokens)` -> hidden [B, N, D], `denoiser(tokens, place)`
 -> hidden [M, D], the same at `place` int64 [M] of the flattened batch, `denoiser.logits(hidden)`
 for hidden [M, D] -> [M, V], -inf for MASK, and the attributes `mask_id` and, for EOS_RULES,
-`eos_id`. M may be 0; hidden has the dtype of the policy's weights; there is no dropout (eval mode
-is left to the caller). An optional `canvas_len` is the most places a canvas has: on a GPU losses
-and bounds are nan where a batch has more masked places than rows times canvas_len. What lies off
-the canvas is the prompt, padding too: a pad token needs a row of every embedding, and the networks
-here attend to it.
+`eos_id`. M may be 0, places may repeat; hidden has the dtype of the policy's weights; there is no
+dropout (eval mode is left to the caller). An optional `canvas_len` is the most places a canvas has:
+on a GPU losses and bounds are nan where a batch has more masked places than rows times canvas_len.
+What lies off the canvas is the prompt, padding too: a pad token needs a row of every embedding, and
+the networks here attend to it.
 A policy maps (hidden, masked) -> pi_logits [B, N]. A posterior maps (tokens, canvas) -> log_alpha
 [B, N]; only its differences matter.
 """
@@ -58,8 +58,8 @@ def check_positive(**values):
 class ModelConfig:
     """Shape of a denoiser. `mask_id` lies inside the vocabulary or is equal to `vocab_size`; then
     only the embedding has a row for it. `canvas_len` is the most places a canvas has (0: any
-    number). `rope_bf16` rounds the rotary tables as SMDM did. Raises ValueError where the width of
-    a head would not be even."""
+    number). `rope_bf16` rounds the rotary tables as SMDM did. Raises ValueError where there is no
+    layer or the width of a head would not be even."""
 
     vocab_size: int
     max_len: int
@@ -73,6 +73,7 @@ class ModelConfig:
     rope_bf16: bool = False
 
     def __post_init__(self):
+        check_positive(n_layer=self.n_layer)
         if self.n_embd % (2 * self.n_head):
             raise ValueError(f"n_embd {self.n_embd} is no multiple of 2 n_head, {2 * self.n_head}")
 
@@ -207,9 +208,9 @@ class UnmaskPolicy(nn.Module):
 def token_log_prob(denoiser, tokens, masked, hidden=None):
     """log p_theta(x_0^i | x_s), fp32 [B, N], 0 off M_s, from one pass on x_s.
 
-    What only scored places need is computed at M_s alone: the logits, and the end of the last block
-    too, unless `hidden` [B, N, D], of a pass that was made already, is given. All is nan where M_s
-    is larger than `canvas_len` allows on a GPU.
+    What only scored places need is computed at M_s alone: the logits and the end of the last block.
+    `hidden` [B, N, D]: what the denoiser gave on the same x_s, where it was called already. All is
+    nan where M_s is larger than `canvas_len` allows on a GPU.
     """
     place, used = scored_places(denoiser, masked)
     if hidden is None:
@@ -228,13 +229,15 @@ def scored_places(denoiser, masked):
 
     To count these places is free on a CPU. With a GPU the host would have to wait for the count, so
     there the result has room for one whole canvas a row, and `used` marks the places that count.
+    The others are spread over the batch: gradients that all go to one place have to queue up.
     """
     if masked.device.type == "cpu":
         place = masked.flatten().nonzero().squeeze(1)
     else:
         room = len(masked) * (getattr(denoiser, "canvas_len", 0) or masked.shape[1])
         place = torch.nonzero_static(masked.flatten(), size=room, fill_value=-1).squeeze(1)
-    return place.clamp(min=0), place >= 0
+    used = place >= 0
+    return torch.where(used, place, torch.arange(len(place), device=place.device)), used
 
 
 # ------------------------------------------------------------------------------------------------

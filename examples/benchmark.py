@@ -1,6 +1,6 @@
 """Speed of both training stages and of the samplers, on random tokens with new weights.
 
-    python -m examples.benchmark                               # the shape of the default run
+    python -m examples.benchmark                               # the model of the default run
     python -m examples.benchmark --paper                       # 170M, the paper's shape: for a GPU
     python -m examples.benchmark --paper --batch 8 --against-plain    # beside plain PyTorch
 
@@ -154,8 +154,8 @@ def in_turn(functions, device, repeats):
 
 
 def flops_of(config, places):
-    """Of a training step on one sequence: products and attention of the blocks, and at `places`
-    alone the end of the last block and the logits."""
+    """Of a plain step on one sequence: products and attention of the blocks, and at `places` alone
+    the end of the last block and the logits."""
     attention = 3 * config.n_embd**2 + 2 * config.n_embd * config.max_len
     end = config.n_embd**2 + 3 * config.n_embd * config.n_hidden
     trunk = config.max_len * (config.n_layer * (attention + end) - end)
@@ -323,7 +323,7 @@ def all_logits(denoiser, tokens, masked):
 
 
 def print_against_plain(run, flags, data):
-    """A step of stage 1 as built, the same with all logits, and one of plain PyTorch."""
+    """A step of stage 1 as built, the same at all places, and one of plain PyTorch."""
     torch.manual_seed(0)
     model, eager = PlainModel(run.config).to(run.device), mdmvi.token_log_prob
     losses = (eager, all_logits, model.loss)
@@ -353,7 +353,7 @@ def print_against_plain(run, flags, data):
 
     steps = {
         "as built": step_with(run.denoiser, ours(scored)),
-        "with all logits": step_with(run.denoiser, ours(full)),
+        "at all places": step_with(run.denoiser, ours(full)),
         "plain PyTorch": step_with(model, plain),
     }
     try:

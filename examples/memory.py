@@ -1,6 +1,6 @@
 """Peaks of memory of both training stages and of the samplers, computed without a GPU.
 
-    python -m examples.memory                  # the shape of the default run
+    python -m examples.memory                  # the model of the default run
     python -m examples.memory --paper          # 170M, the paper's shape, and its hours
 
 Fake tensors have shapes but no numbers, so any size runs on any machine.
@@ -127,7 +127,7 @@ def print_memory(run, flags):
     flops = flags.batch * benchmark.flops_of(run.config, flags.canvas_len / 2)
     flops *= 45_000 + 2 * 15_000
     print(
-        f"\n45,000 plain, 15,000 further and 15,000 order steps: {flops:.2e} FLOP, at 40% of peak"
+        f"\n45,000 plain, 15,000 further and 15,000 order steps: {flops:.2e} FLOP and more, at 40%"
     )
     for name in ("H100", "A100", "RTX 4090"):
         print(f"{name:10s}{flops / (0.4 * benchmark.PEAKS[name]) / 3600:6.1f} hours")

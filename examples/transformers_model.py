@@ -95,7 +95,7 @@ def learn_order(
     generator=None,
     tau=0.1,
     batch=16,
-    paths=3,
+    paths=2,
     searched=256,
 ):
     """Train the last two of (denoiser, policy, posterior): on the best runs, then on the bound.

@@ -91,7 +91,7 @@ class Args:
     middle: share = 0.5  # stage 1: share at its start with mask rates from 0.2 to 0.7 (GSM8K: 0)
     batch: positive = 32  # stage 1: sequences a step
     lr: amount = 2e-3  # stage 1: peak learning rate
-    order_steps: whole = 300  # stage 2: steps; the baseline takes as many passes; 0: stage 1 only
+    order_steps: whole = 500  # stage 2: steps; the baseline takes as many passes; 0: stage 1 only
     order_batch: positive = 16  # stage 2: problems a step
     paths: positive = 2  # stage 2: paths a problem, K (spread: always 1, as all are alike)
     order_lr: amount = 1e-3  # stage 2, baseline: peak rate of the denoiser; 0 leaves it frozen

@@ -13,7 +13,7 @@ from examples.command_line import Parser, UserError, aligned, run_main, writable
 from examples.gsm8k import read_records
 from mdmvi import STRATEGIES
 
-BESIDE = (8, -16)  # points above a circle, for its label: those of neighbours do not meet
+BESIDE = (0, -16), (7, 8), (-7, 8)  # of a label from its circle: those of neighbours do not meet
 TABLE_NEEDS = {"match": "sweep", "method": "learned"}
 NUMBERS = ("average_steps", "budget", "answered", "solved")
 
@@ -88,7 +88,7 @@ def draw(rows, path, title="", paper=(), unsure=()):
             dot = (row["average_steps"], 100 * row["answered"])
             axes.plot(*dot, marks, label=label if i == 0 else None, **style)
             if of is rows:
-                beside = {"textcoords": "offset points", "xytext": (0, BESIDE[i % 2])}
+                beside = {"textcoords": "offset points", "xytext": BESIDE[i % 3]}
                 text = {"ha": "center", "fontsize": 8, "fontweight": "bold", "zorder": 4}
                 axes.annotate(str(row["budget"]), dot, **beside, **text)
     fixed = [row for row in rows if row["method"] != "learned"]

@@ -105,7 +105,7 @@ class Args:
     accumulate: positive = 1  # split each step into so many micro-batches
     problems: whole = 500  # held-out problems in the closing table (of a file up to 256); 0: none
     device: usable_device = DEVICE  # cpu, cuda, cuda:1, ...
-    compile: bool = torch.cuda.is_available()  # torch.compile, which seldom pays on a CPU
+    compile: bool = torch.cuda.is_available()  # torch.compile; on a CPU it needs a C++ compiler
 
 
 def parse_args(argv=None):

@@ -73,9 +73,9 @@ class ModelConfig:
     rope_bf16: bool = False
 
     def __post_init__(self):
-        check_positive(n_layer=self.n_layer)
         if self.n_embd % (2 * self.n_head):
             raise ValueError(f"n_embd {self.n_embd} is no multiple of 2 n_head, {2 * self.n_head}")
+        check_positive(n_layer=self.n_layer)
 
 
 def rotary_tables(head_size, length, rope_bf16):

@@ -2449,7 +2449,7 @@ def test_a_compiled_run_is_the_eager_one(tmp_path, trained, monkeypatch):
     def compiled(function, dynamic):
         assert dynamic is None  # on a GPU False: there all shapes are the same in each step
         fast = real(function, backend="eager", dynamic=dynamic)
-        return lambda *args, **more: calls.append(function.__name__) or fast(*args, **more)
+        return lambda *args: calls.append(function.__name__) or fast(*args)
 
     monkeypatch.setattr(torch, "compile", compiled)
     before, logs = originals(), []
@@ -2472,7 +2472,7 @@ def test_a_compiled_run_is_the_eager_one(tmp_path, trained, monkeypatch):
 def test_without_a_compiler_training_goes_on(tmp_path, trained, monkeypatch, capsys, breaks):
 
     def broken(function, dynamic):
-        def fail(*args, **more):
+        def fail(*args):
             raise RuntimeError("no compiler")
 
         return fail if function.__name__ == breaks else function
@@ -2487,7 +2487,7 @@ def test_without_a_compiler_training_goes_on(tmp_path, trained, monkeypatch, cap
 def test_too_little_memory_is_not_taken_for_a_missing_compiler(
     tmp_path, trained, monkeypatch, capsys
 ):
-    def fail(*args, **more):
+    def fail(*args):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: fail)
@@ -2497,7 +2497,7 @@ def test_too_little_memory_is_not_taken_for_a_missing_compiler(
 
 def test_nothing_stays_compiled_after_a_stop(tmp_path, trained, monkeypatch):
     before = originals()
-    monkeypatch.setattr(torch, "compile", lambda f, dynamic: lambda *args, **more: f(*args, **more))
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: lambda *args: function(*args))
     interrupt(monkeypatch, 2)
     assert call(train, *flags(trained), "--compile", "--out", tmp_path) == 130
     assert before == originals()

@@ -4,8 +4,8 @@
     python eval_gsm8k.py --checkpoint out_gsm5/checkpoint.pt --data test.jsonl     # real GSM8K
     python eval_gsm8k.py --sweep 1 2 3 4 5 8 --json rows.json     # for python -m examples.plot
 
-A problem is a dict {question, answer}; its answer ends in "#### N". An embedded one lists all its
-right solutions; the others are judged by their <<...>> equations, against the reference
+A problem is a dict {question, answer}; its answer ends in "#### N". One of an embedded task lists
+all its right solutions; others are judged by their <<...>> equations, against the reference
 (examples/gsm8k.py).
 """
 
@@ -187,7 +187,7 @@ def load_checkpoint(path, device="cpu"):
                 network.to(device).load_state_dict(state)
         models = Models(*(state and network for network, state in zip(networks, states)))
         check_resumable(checkpoint, models)
-    except UserError:
+    except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # torch raises many kinds for a file that is cut off or not its own
         why = type(error).__name__

@@ -59,7 +59,7 @@ class ModelConfig:
     """Shape of a denoiser. `mask_id` lies inside the vocabulary or is equal to `vocab_size`; then
     only the embedding has a row for it. `canvas_len` is the most places a canvas has (0: any
     number). `rope_bf16` rounds the rotary tables as SMDM did. Raises ValueError where there is no
-    layer or the width of a head would not be even."""
+    layer or head, or the width of a head would not be even."""
 
     vocab_size: int
     max_len: int
@@ -73,9 +73,9 @@ class ModelConfig:
     rope_bf16: bool = False
 
     def __post_init__(self):
+        check_positive(n_layer=self.n_layer, n_head=self.n_head)
         if self.n_embd % (2 * self.n_head):
             raise ValueError(f"n_embd {self.n_embd} is no multiple of 2 n_head, {2 * self.n_head}")
-        check_positive(n_layer=self.n_layer)
 
 
 def rotary_tables(head_size, length, rope_bf16):
@@ -131,10 +131,9 @@ class Block(nn.Module):
 
 
 class Trunk(nn.Module):
-    """Embedding, blocks and final norm: tokens int64 [B, N] -> hidden [B, N, D].
+    """Embedding, blocks and final norm: tokens int64 [B, N] -> hidden, with `place` as in `Block`.
 
-    `shift` [B, N or 1, D] is added to the embedding. With `place` int64 [M] only these rows of the
-    flattened result, [M, D]. Raises ValueError where N is above max_len.
+    `shift` [B, N or 1, D] is added to the embedding. Raises ValueError where N is above max_len.
     """
 
     def __init__(self, config, n_layer):
@@ -161,10 +160,7 @@ class Trunk(nn.Module):
 
 
 class Denoiser(nn.Module):
-    """p_theta(x^i | x_s): tokens int64 [B, N] -> hidden [B, N, D], and logits of chosen places.
-
-    With `place` int64 [M] only these rows of the flattened hidden states, [M, D].
-    """
+    """p_theta(x^i | x_s): a denoiser as the head of this file describes it."""
 
     def __init__(self, config):
         super().__init__()
@@ -219,8 +215,9 @@ def token_log_prob(denoiser, tokens, masked, hidden=None):
         hidden = hidden.flatten(0, 1)[place]
     # What follows is -cross_entropy(logits, x_0) of these places, put back at M_s
     logits = denoiser.logits(hidden).float()
-    log_p = -F.cross_entropy(logits, tokens.flatten()[place], reduction="none")
-    flat = log_p.new_zeros(tokens.numel()).scatter_add(0, place, torch.where(used, log_p, 0.0))
+    target = tokens.flatten()[place].masked_fill(~used, -100)  # which cross_entropy leaves out
+    log_p = -F.cross_entropy(logits, target, reduction="none")
+    flat = log_p.new_zeros(tokens.numel()).scatter_add(0, place, log_p)
     return flat.masked_fill(used.sum() < masked.sum(), math.nan).view(tokens.shape)
 
 
@@ -234,7 +231,8 @@ def scored_places(denoiser, masked):
     if masked.device.type == "cpu":
         place = masked.flatten().nonzero().squeeze(1)
     else:
-        room = len(masked) * (getattr(denoiser, "canvas_len", 0) or masked.shape[1])
+        B, N = masked.shape
+        room = B * min(getattr(denoiser, "canvas_len", 0) or N, N)
         place = torch.nonzero_static(masked.flatten(), size=room, fill_value=-1).squeeze(1)
     used = place >= 0
     return torch.where(used, place, torch.arange(len(place), device=place.device)), used
@@ -288,9 +286,9 @@ def reveal_log_prob(log_alpha, masked, tau):
 def log_one_minus(log_p):
     """log(1 - exp(log_p)) for log_p <= 0; log 1e-6 with gradient 0 where p is above 1 - 1e-6.
 
-    The best place, where rho = 1, does not notice: the KL multiplies the value by 1 - rho = 0, the
-    gradient of its log rho is 0, and `draw_path` always reveals it. Where a second score is within
-    1e-6 tau of the best, the true slope of the KL is unbounded, and this one is not.
+    This does not matter for the best place, where rho = 1: the KL multiplies the value by
+    1 - rho = 0, the gradient of its log rho is 0, and `draw_path` always reveals it. Where a second
+    score is within 1e-6 tau of the best, the true slope of the KL is unbounded, this one is not.
     """
     return torch.log(-torch.expm1(log_p.clamp(max=-1e-6)))
 
@@ -381,10 +379,9 @@ def uniform_elbo(denoiser, tokens, canvas, budget, samples, generator=None):
     for _ in range(samples):
         masked = canvas
         for s in range(budget):
-            log_rho = torch.full(tokens.shape, -math.log(budget - s), device=tokens.device)
-            log_p = token_log_prob(denoiser, tokens, masked)
-            total += log_p.sum(1) / (budget - s)
-            masked = masked & ~draw_reveal(log_rho, masked, generator)
+            total += token_log_prob(denoiser, tokens, masked).sum(1) / (budget - s)
+            u = torch.rand(tokens.shape, device=tokens.device, generator=generator)
+            masked = masked & (u > 1 / (budget - s))
     return total / samples
 
 
@@ -405,10 +402,8 @@ def path_bound(
 ):
     """weight * E_q f_s(M_s) from K paths that share x_0 and s: (value [B], kl [B]), in nats.
 
-    s int64 [B]; weight float [B]; log_alpha float [B, N]. The gradient of `value` goes through
-    log p, pi and rho, plus the score-function term (weight f_s - b) grad log q(r_0 .. r_{s-1}),
-    where weight is 1 / P(s) and b the mean over the other K - 1 paths. `kl` is the KL part of
-    `value`, detached.
+    s int64 [B]; weight float [B], 1 / P(s); log_alpha float [B, N]. The gradient of `value` is that
+    of the ELBO above, for these s. `kl` is the KL part of `value`, detached.
     """
     B, K = len(tokens), paths
     tokens, canvas, log_alpha, s = (
@@ -511,11 +506,9 @@ def choose_by_rule(strategy, logits, masked, steps_left, eos_id=None, generator=
         score = -torch.arange(masked.shape[1], device=masked.device).float().expand(masked.shape)
     else:
         score = torch.rand(masked.shape, device=masked.device, generator=generator)
-    if strategy == "iid":
-        drawn = masked & (score > 1 - 1 / steps_left)
-        return drawn | top_k(score, masked, 1)  # adds one only where none was drawn
-    if strategy == "threshold":
-        return (masked & (score > THRESHOLD)) | top_k(score, masked, 1)  # as above
+    if strategy in ("iid", "threshold"):
+        bar = THRESHOLD if strategy == "threshold" else 1 - 1 / steps_left
+        return (masked & (score > bar)) | top_k(score, masked, 1)  # adds one where none is above
     if strategy == "threshold_left":
         below = masked & (score <= THRESHOLD)
         return (masked & ~below) | (below & (below.cumsum(1) == 1))
@@ -591,9 +584,6 @@ def generate(
 
 # ------------------------------------------------------------------------------------------------
 # 5. Beyond the paper (ours): a loss of less variance, and one recipe of training.
-#      draw_step, importance_order_loss   f_0 exact, a later step drawn where paths go on
-#      unsure                             a policy that cannot become certain of an order too soon
-#      parameter_groups, update           rates of the three networks, each clipped by itself
 #    Other kinds of orders: examples/runs.py, which a search makes quick to learn, and spread.py.
 # ------------------------------------------------------------------------------------------------
 

@@ -347,7 +347,7 @@ def on_gpu_path(function, *args):
         return function(*args)
 
 
-@pytest.mark.parametrize("canvas_len", [None, 0, 3])
+@pytest.mark.parametrize("canvas_len", [None, 0, 3, 9])
 @pytest.mark.parametrize("gpu_path", [False, True])
 def test_token_log_prob(gpu_path, canvas_len, monkeypatch):
     toy, rows = Toy(), []
@@ -359,7 +359,7 @@ def test_token_log_prob(gpu_path, canvas_len, monkeypatch):
             m.setattr(toy, "logits", lambda h: rows.append(len(h)) or Toy.logits(toy, h))
             call = on_gpu_path if gpu_path else lambda function, *args: function(*args)
             log_p = call(mdmvi.token_log_prob, toy, X0, masked)
-        assert rows.pop() == (2 * (canvas_len or 4) if gpu_path else masked.sum())
+        assert rows.pop() == (2 * min(canvas_len or 4, 4) if gpu_path else masked.sum())
         slow = torch.zeros(2, 4, dtype=torch.double)
         for b in range(2):
             M = places(masked[b])
@@ -376,6 +376,18 @@ def test_token_log_prob(gpu_path, canvas_len, monkeypatch):
             for x in (log_p, slow + 0 * toy.token.sum())
         )
         assert torch.allclose(fast[0], exact[0], atol=1e-5)
+
+
+def test_a_pad_token_that_no_logit_is_for():
+    """MASK off the canvas is padding; on a GPU spare places may lie there."""
+    denoiser = tiny_denoiser()
+    tokens, canvas = torch.randint(1, 5, (2, 8), generator=rng(0)), torch.zeros(2, 8).bool()
+    tokens[:, :2] = denoiser.mask_id
+    canvas[:, 3:5] = True
+    here = mdmvi.token_log_prob(denoiser, tokens, canvas)
+    there = on_gpu_path(mdmvi.token_log_prob, denoiser, tokens, canvas)
+    assert (here[canvas] < 0).all() and (here[~canvas] == 0).all()
+    assert torch.allclose(here, there, atol=1e-6)
 
 
 def test_log_probabilities_of_a_network_by_each_way():

@@ -191,8 +191,10 @@ class Run:
             raise UserError(f"cannot write {path} ({reason}): make room, or give another --out")
 
     def load(self, path, same):
-        """Go on from a checkpoint; returns its Args. Raises UserError where flags of `same` or
-        tokens differ."""
+        """Take over a checkpoint's networks and, with --resume, all else; returns its Args.
+
+        Raises UserError where flags of `same` or tokens differ.
+        """
         state, tokenizer, models = eval_gsm8k.load_checkpoint(path, self.device)
         try:
             there = Args(**state["args"])
@@ -451,12 +453,12 @@ def main(argv=None):
         )
     problems, held_out = load_problems(args)
     run = Run(args, make_tokenizer(args, problems))
-    out.mkdir(parents=True, exist_ok=True)
     if args.init and not (args.resume or args.start):
         smdm.load_smdm(args.init, run.denoiser)
     data = encode_on_device(run, problems)
     if len(data[0]) == 0:
         raise UserError("no problem fits: raise --max-len or --canvas-len")
+    out.mkdir(parents=True, exist_ok=True)
     count = sum(p.numel() for p in run.denoiser.parameters())
     size = f"vocabulary {run.tokenizer.vocab_size}, {count / 1e6:.2f}M parameters"
     fit = f"{len(data[0]):,} problems ({len(problems) - len(data[0]):,} do not fit)"

@@ -35,7 +35,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def within(least, most=2**31 - 1, kind=int):
-    """argparse type: a number from `least` to `most`; torch takes the default one as a seed."""
+    """argparse type: a number from `least` to `most`; the default most is valid as a seed."""
 
     def number(text):
         value = kind(text)

@@ -130,6 +130,7 @@ def test_an_odd_width_is_no_smdm_checkpoint():
     shapes = {"lm_head.weight": 12, "transformer.wte.weight": 14}
     tensors = {key: torch.zeros(rows, 7) for key, rows in shapes.items()}
     tensors["transformer.h.0.mlp.swiglu.w1.weight"] = torch.zeros(16, 7)
+    tensors["transformer.h.0.norm_1.weight"] = torch.zeros(7)
     with pytest.raises(UserError, match="a.safetensors is no SMDM checkpoint .n_embd 7"):
         smdm.config_of("a.safetensors", tensors)
 

@@ -11,25 +11,30 @@ reveal together is a latent variable r here, learned by variational inference (F
     5. beyond the paper   a loss of less variance, and one recipe of training
 
 Shapes: B batch, N sequence length, L canvas length, V vocabulary, D width, T = budget (steps), K
-paths drawn for each sequence, M places that are scored in a whole batch (M_s is a set).
-`canvas` is a bool [B, N], true where the answer goes, at least once in every row (`generate`
-takes rows without any); the prompt c lies off it. `masked` is the part of the canvas that is still
-hidden (M_s). `tokens` are the clean sequence x_0, int64 [B, N], always; x_s is x_0 with M_s
-replaced by MASK. M_0 is the whole canvas; a path is M_0, M_1, ... as drawn from q. `generator` is a
-torch.Generator on the tensors' device, or None for the global one. Log-probabilities are in nats.
-(R) marks what is rebuilt from summaries of [F]: the policy's input, the posterior's form, the loss.
-(ours) marks our own changes and rules. No network is told the step s, only what is masked.
+paths drawn for each sequence, M scored places in the whole batch. Log-probabilities are in nats.
 
-A denoiser is any object with `denoiser(tokens)` -> hidden [B, N, D], `denoiser(tokens, place)`
--> hidden [M, D], the same at `place` int64 [M] of the flattened batch, `denoiser.logits(hidden)`
-for hidden [M, D] -> [M, V], -inf for MASK, and the attributes `mask_id` and, for EOS_RULES,
-`eos_id`. M may be 0, places may repeat; hidden has the dtype of the policy's weights; there is no
-dropout (eval mode is left to the caller). An optional `canvas_len` is the most places a canvas has:
-on a GPU losses and bounds are nan where a batch has more masked places than rows times canvas_len.
-What lies off the canvas is the prompt, padding too: a pad token needs a row of every embedding, and
-the networks here attend to it.
-A policy maps (hidden, masked) -> pi_logits [B, N]. A posterior maps (tokens, canvas) -> log_alpha
-[B, N]; only its differences matter.
+    tokens      int64 [B, N], always the clean sequence x_0; x_s is x_0 with M_s replaced by MASK
+    canvas      bool [B, N], true where the answer goes: M_0. What lies off it is the prompt c. All
+                but `generate` need one place at least in every row.
+    masked      bool [B, N], the set M_s: the part of the canvas that is still hidden
+    generator   a torch.Generator on the tensors' device, or None for the global one
+
+A path is M_0, M_1, ... as drawn from q. No network is told the step s, only what is masked.
+(R) marks what is rebuilt from summaries of [F]: the policy's input, the posterior's form, the loss.
+(ours) marks our own changes and rules.
+
+A denoiser is any object with
+
+    denoiser(tokens)          hidden [B, N, D], of the dtype of the policy's weights, no dropout
+    denoiser(tokens, place)   hidden [M, D], at `place` int64 [M] of the flattened batch
+    denoiser.logits(hidden)   [M, D] -> [M, V], -inf for MASK
+    denoiser.mask_id          and, for EOS_RULES, denoiser.eos_id
+    denoiser.canvas_len       optional: the most places a canvas has. On a GPU this saves work, and
+                              where a batch has more masked places than rows times it, all is nan.
+
+M may be 0 and places may repeat. Padding is prompt: the networks here attend to it, and a pad token
+needs a row of every embedding. A policy maps (hidden, masked) -> pi_logits [B, N]. A posterior maps
+(tokens, canvas) -> log_alpha [B, N]; only its differences matter.
 """
 
 import math

@@ -2010,6 +2010,8 @@ def test_names_of_several_lines(capsys):
 def test_config_refuses_odd_heads():
     with pytest.raises(ValueError, match="n_layer is 0"):
         mdmvi.ModelConfig(5, 16, 0, 2, 8, 12, mask_id=5, eos_id=0)
+    with pytest.raises(ValueError, match="n_head is 0"):
+        mdmvi.ModelConfig(5, 16, 1, 0, 8, 12, mask_id=5, eos_id=0)
     with pytest.raises(ValueError, match="n_embd 12 is no multiple of 2 n_head, 8"):
         mdmvi.ModelConfig(5, 8, 1, 4, 12, 8, mask_id=5, eos_id=0)
 

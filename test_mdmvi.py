@@ -2002,6 +2002,15 @@ def test_a_cpu_without_enough_memory(capsys):
     complaint(capsys, "too little memory: lower --batch or")
 
 
+def test_too_little_memory_for_a_checkpoint_is_no_damage(trained, monkeypatch, capsys):
+    def fail(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.nn.Module, "to", fail)
+    assert call(eval_gsm8k, "--checkpoint", trained / "out" / "checkpoint.pt") == 2
+    complaint(capsys, "too little memory: lower --batch")
+
+
 def test_names_of_several_lines(capsys):
     assert call(sample, "Ann", "--checkpoint", "a\nb.pt") == 2
     complaint(capsys, "no checkpoint at a b.pt: give")
@@ -2873,6 +2882,7 @@ def test_bad_input(trained, bad_files, monkeypatch, capsys, script, line, says):
     assert call(script, *(word.format(**words) for word in line.split())) == 2
     complaint(capsys, says)
     assert contents(trained) == before
+    assert not (bad_files / "new").exists()
 
 
 @pytest.mark.parametrize(

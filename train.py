@@ -458,7 +458,6 @@ def main(argv=None):
     data = encode_on_device(run, problems)
     if len(data[0]) == 0:
         raise UserError("no problem fits: raise --max-len or --canvas-len")
-    out.mkdir(parents=True, exist_ok=True)
     count = sum(p.numel() for p in run.denoiser.parameters())
     size = f"vocabulary {run.tokenizer.vocab_size}, {count / 1e6:.2f}M parameters"
     fit = f"{len(data[0]):,} problems ({len(problems) - len(data[0]):,} do not fit)"
@@ -475,6 +474,8 @@ def main(argv=None):
             run.stage = "baseline"
         elif args.order_lr > 0 and math.prod(baseline_size(there)) < math.prod(baseline_size(args)):
             print(SHORT_BASELINE.format(args.start), file=sys.stderr)
+    out.mkdir(parents=True, exist_ok=True)
+    if args.start and not args.resume:
         run.save(out / "checkpoint.pt")
     train(run, data)
     models = eval_gsm8k.Models(run.denoiser, run.policy, run.posterior, run.baseline)

@@ -30,7 +30,9 @@ def token_text(tokenizer, token):
     """One token as it is shown: EOS is a dot, a line break an arrow, what is no text a box."""
     if token == tokenizer.eos_id:
         return "·"
-    text = tokenizer.decode([token]).replace("\n", "⏎").replace("\ufffd", "▯")
+    # Behind another token, as LLaMA's tokenizer drops the space at the beginning of a text
+    text = tokenizer.decode([*tokenizer.encode("a"), token])[1:]
+    text = text.replace("\n", "⏎").replace("\ufffd", "▯")
     return text if text.isprintable() else "▯"  # a control byte could garble the terminal
 
 

@@ -1282,9 +1282,9 @@ def test_llama_tokenizer():
         smdm.LlamaTokenizer(llama_text(special=["[PAD]", "[UNK]", "[CLS]"]))
 
 
-def test_a_tokenizer_with_more_pieces_than_the_model(monkeypatch):
+def test_a_tokenizer_with_larger_ids_than_the_model(monkeypatch):
     monkeypatch.setattr(smdm.LlamaTokenizer, "vocab_size", 5)
-    with pytest.raises(command_line.UserError, match="has .* pieces: give the one of TinyLlama"):
+    with pytest.raises(command_line.UserError, match="has an id .*: give the one of TinyLlama"):
         smdm.LlamaTokenizer(llama_text())
 
 
@@ -1314,6 +1314,9 @@ def test_init_takes_the_tokenizer_beside_it(tmp_path):
         ("#### 12 of 30", 30),
         ("#### -3", -3),
         ("####.5", 0.5),
+        ("#### 2e+16", 2e16),
+        ("#### -5E-05", -5e-5),
+        ("#### 3 eggs, 4e", 4),
         ("#### 7.", 7),
         ("72", None),
         ("####", None),
@@ -1448,10 +1451,15 @@ def test_a_folder_of_data_files(tmp_path):
 def test_the_splits_of_a_folder_stay_apart(tmp_path):
     put_rows(tmp_path / "latest_train.jsonl", ROWS[2:])
     put_rows(tmp_path / "latest_test.jsonl", ROWS[:2])
-    for split, rows in (("train", ROWS[2:]), ("test", ROWS[:2]), ("validation", None)):
+    for split, rows in (("train", ROWS[2:]), ("test", ROWS[:2])):
         found = [p["question"] for p in gsm8k.load_gsm8k(str(tmp_path), split=split)]
-        rows = [*ROWS[:2], *ROWS[2:]] if rows is None else rows  # no such names: all files
         assert found == [row["question"] for row in rows]
+    for split in ("validation", "train[:10]", "("):
+        with pytest.raises(command_line.UserError, match="only files of other splits than"):
+            gsm8k.load_gsm8k(str(tmp_path), split=split)
+    put_rows(tmp_path / "more.jsonl", ROWS[1:2])  # named after none
+    found = gsm8k.load_gsm8k(str(tmp_path), split="validation")
+    assert [p["question"] for p in found] == [ROWS[1]["question"]]
 
 
 @pytest.mark.parametrize("name, subset", [("openai/gsm8k", "main"), ("zen-E/GSM8k-Aug", None)])
@@ -2653,6 +2661,19 @@ def test_every_token_is_shown_on_one_line():
     assert sample.token_text(tokenizer, 201) == "▯"
     assert sample.token_text(tokenizer, tokenizer.eos_id) == "·"
     assert all(sample.token_text(tokenizer, i).isprintable() for i in range(tokenizer.vocab_size))
+
+
+def test_a_space_before_a_word_is_shown():
+    class Llama:
+        eos_id, pieces = 0, ["", " a", " b", "c"]
+
+        def encode(self, text):
+            return [self.pieces.index(" " + text)]
+
+        def decode(self, ids):
+            return "".join(self.pieces[i] for i in ids).removeprefix(" ")
+
+    assert [sample.token_text(Llama(), i) for i in range(4)] == ["·", " a", " b", "c"]
 
 
 def test_what_a_page_shows_is_escaped():

@@ -23,6 +23,7 @@ import torch
 from examples.command_line import Parser, UserError, positive, run_main
 
 OPENERS = {".gz": gzip.open, ".xz": lzma.open}
+SPLITS = ("train", "test", "valid", "validation", "val", "dev", "eval")
 SUFFIXES = tuple(kind + packed for kind in (".json", ".jsonl") for packed in ("", ".gz", ".xz"))
 
 
@@ -62,19 +63,31 @@ def hub_records(name, split):
     return ((f"{name} row {i}", row) for i, row in enumerate(rows))
 
 
+def files_of(folder, split):
+    """The data files of a folder that are named after a split, or those named after none."""
+    files = sorted(file for file in folder.iterdir() if file.name.endswith(SUFFIXES))
+
+    def named(file, *splits):
+        words = re.split("[^a-z]+", file.name.lower())
+        return any(name.lower() in words for name in splits)
+
+    own = [file for file in files if named(file, split)]
+    own = own or [file for file in files if not named(file, *SPLITS)]
+    if files and not own:
+        raise UserError(f"{folder} has only files of other splits than {split}: give one by name")
+    return own
+
+
 def load_gsm8k(data, answers="equations", split="train"):
     """Problems {question, answer} from a file, a folder of files, or a hub name.
 
-    A folder's files are those with the split in their names, or all if there are none.
+    A folder's files are those named after the split, or those named after none.
     answers: "equations" keeps the <<...>> notes and the #### line, "full" the whole solution.
     Raises UserError for what cannot be read or is no such problem.
     """
     path = Path(data)
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.name.endswith(SUFFIXES))
-        named = re.compile(rf"(?<![a-z]){split}(?![a-z])", re.IGNORECASE)
-        files = [file for file in files if named.search(file.name)] or files
-        records = itertools.chain.from_iterable(map(read_records, files))
+        records = itertools.chain.from_iterable(map(read_records, files_of(path, split)))
     elif path.exists():
         records = read_records(path)
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", data) and not data.endswith(SUFFIXES):
@@ -145,7 +158,8 @@ def final_number(text):
     _, mark, tail = text.rpartition("####")
     if not mark:
         return None
-    numbers = re.findall(r"-?(?:\d+\.?\d*|\.\d+)", tail.replace(",", "").replace("$", ""))
+    number = r"-?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
+    numbers = re.findall(number, tail.replace(",", "").replace("$", ""))
     return float(numbers[-1]) if numbers else None
 
 

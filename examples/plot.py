@@ -26,7 +26,10 @@ def read_rows(paths):
             texts = isinstance(row, dict) and all(
                 isinstance(row.get(key), str) for key in ("method", "match")
             )
-            if not texts or not all(isinstance(row.get(key), (int, float)) for key in NUMBERS):
+            numbers = texts and all(
+                type(row.get(key)) in (int, float) and 0 <= row[key] < 1e9 for key in NUMBERS
+            )
+            if not numbers:
                 raise UserError(f"{where} is no row of a table: give what --json wrote")
             rows.append(row)
     if not rows:
@@ -129,6 +132,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if (args.paper or args.unsure) and not args.out:
         raise UserError("--paper and --unsure are for the picture: give --out too")
+    if args.out and not Path(args.out).suffix:  # matplotlib would add one
+        raise UserError(f"--out {args.out} has no ending: give one, .png, .svg or .pdf")
     rows = read_rows(args.rows)
     if all(any(row[key] == value for row in rows) for key, value in TABLE_NEEDS.items()):
         print(f"steps at which a rule is as often right\n\n{catching_up(rows)}")

@@ -104,9 +104,9 @@ class LlamaTokenizer:
         except Exception as error:  # tokenizers raises plain Exception
             reason = str(error)[:80]
             raise UserError(f"this is not a tokenizer.json ({reason}): give the one of TinyLlama")
-        size = self.bpe.get_vocab_size()
-        if size > self.vocab_size:
-            raise UserError(f"this tokenizer.json has {size} pieces: give the one of TinyLlama")
+        largest = max(self.bpe.get_vocab().values(), default=0)
+        if largest >= self.vocab_size:
+            raise UserError(f"this tokenizer.json has an id {largest}: give the one of TinyLlama")
         if self.bpe.token_to_id("</s>") != self.eos_id:
             raise UserError("this tokenizer.json has another </s>: give the one of TinyLlama")
 

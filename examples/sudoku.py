@@ -271,7 +271,7 @@ def train_denoiser(denoiser, data, steps, batch, generator, compile=False):
         model = torch.compile(denoiser)
         try:
             with train.autocast(generator.device):  # as below, or it would be compiled twice
-                model(data[0][:batch])
+                mdmvi.token_log_prob(model, *(x[:batch] for x in data))
         except torch._dynamo.exc.TorchDynamoException as error:  # no compiler, say
             why = f"torch.compile does not work here ({type(error).__name__})"
             raise UserError(f"{why}: pass --no-compile")

@@ -1,6 +1,7 @@
 """Tests of plot.py: when a rule catches up, the picture, mistakes of the user."""
 
 import json
+import math
 import re
 import sys
 
@@ -149,6 +150,11 @@ def test_picture_without_matplotlib(files, monkeypatch, capsys):
         (json.dumps([ROWS[0] | {"solved": "all"}]), "bad.json", "record 1 is no row"),
         ("", "bad.json", "bad.json holds no row"),
         ("x", "bad.json", "bad.json line 1 is not JSON"),
+        (json.dumps([ROWS[0] | {"solved": True}]), "bad.json", "record 1 is no row"),
+        (json.dumps([ROWS[0] | {"solved": math.nan}]), "bad.json", "record 1 is no row"),
+        (json.dumps([ROWS[0] | {"solved": -1}]), "bad.json", "record 1 is no row"),
+        (json.dumps([ROWS[0] | {"budget": 10**400}]), "bad.json", "record 1 is no row"),
+        ("[]", "rows.json --out order", "--out order has no ending: give one"),
         ("[]", "none.json", "cannot read none.json"),
         ("[]", "rows.json --out no/order.png", "cannot write no/order.png"),
         ("[]", "rows.json --out order.xyz", "cannot write order.xyz .*: give .*png"),

@@ -274,13 +274,15 @@ def test_end_to_end(small, box, seeds, tmp_path, capsys):
 
 
 def test_without_a_compiler(small, capsys, monkeypatch):
-    def broken(denoiser):
-        def fail(tokens):
-            raise torch._dynamo.exc.TorchDynamoException("no compiler")
+    def broken(tokens, place):
+        raise torch._dynamo.exc.TorchDynamoException("no compiler")
 
-        return fail
+    class Compiled(torch.nn.Module):
+        def __init__(self, denoiser):
+            super().__init__()
+            self.mask_id, self.forward = denoiser.mask_id, broken
 
-    monkeypatch.setattr(torch, "compile", broken)
+    monkeypatch.setattr(torch, "compile", Compiled)
     code, _, err = run(capsys, "--box", "2x2", "--problems", 4, "--compile")
     assert code == 2 and "does not work here (TorchDynamoException): pass --no-compile" in err
 

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,10 @@ def test_models_that_do_not_come_apart_or_look_backwards_are_refused():
     model = transformers.XLMWithLMHeadModel(transformers.XLMConfig(**shape, mask_index=MASK))
     with pytest.raises(ValueError, match="XLMWithLMHeadModel is not its parts in a row"):
         TransformersDenoiser(model, MASK, EOS)
+    model = make_model("Bert")
+    for ids in ((MASK, MASK), (V, EOS), (-1, EOS), (MASK, V)):
+        with pytest.raises(ValueError, match="are not two of the model's tokens, 0 .. 15"):
+            TransformersDenoiser(model, *ids)
     for ids in ((None, EOS), (MASK, None)):
         with pytest.raises(ValueError, match="mask_id or eos_id is None"):
             TransformersDenoiser(model, *ids)
@@ -235,6 +240,21 @@ def test_blocks_go_from_left_to_right_and_fill_everything(block_len):
         for left, right in itertools.pairwise(blocks):
             assert left.max() < right.min() and left.max() - left.min() < 2
         assert row.max() + 1 == sum(min(2, len(block)) for block in blocks)
+
+
+def test_a_block_without_places_is_refused():
+    with pytest.raises(ValueError, match="block_len is -1"):
+        generate_blocks(wrapped(), *some_problems(), -1, "top_prob", 2)
+
+
+@pytest.mark.parametrize("block_len, budget", [(1, 1), (3, 2), (4, 2), (100, 2)])
+def test_a_block_has_its_share_of_the_budget(block_len, budget, bert, data, monkeypatch):
+    def spy(*args, **options):
+        assert args[3:] == (block_len, "learned", budget)
+        return generate_blocks(*args, **options)
+
+    monkeypatch.setattr(transformers_train, "generate_blocks", spy)
+    short_run(bert, data, "--block-len", str(block_len))  # of a canvas of 4, in 2 steps
 
 
 def test_a_block_sees_the_earlier_ones_and_only_masks_after_it():
@@ -370,6 +390,7 @@ def test_bad_input_is_one_line(bert, data, tmp_path, monkeypatch):
 
     assert "cannot load" in said(str(tmp_path), data)
     assert "MASK is 16, the model has tokens 0 .. 15" in said(bert, data, "--mask-id", "16")
+    assert "are not two of the model's tokens" in said(bert, data, "--mask-id", str(EOS))
     nothing = save_folder(tmp_path / "nothing", "Bert", mask_token="[MASK]")
     assert "EOS or SEP" in said(nothing, data)
     no_mask = save_folder(tmp_path / "no_mask", "Llama", eos_token="[EOS]")
@@ -389,6 +410,11 @@ def test_bad_input_is_one_line(bert, data, tmp_path, monkeypatch):
     assert "line 5 has tokens that the model lacks" in said(str(large), data)
     make_model("Bert").base_model.save_pretrained(large)
     assert "has no weights for cls.predictions.bias" in said(str(large), data)
+    with monkeypatch.context() as patch:  # as of a model of text and pictures
+        config = types.SimpleNamespace(architectures=["BertForMaskedLM"])
+        kind = types.SimpleNamespace(from_pretrained=lambda name: config)
+        patch.setattr(sys.modules["transformers"], "AutoConfig", kind)
+        assert "is no plain text model" in said(bert, data)
     weights = large / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     assert "cannot load" in said(str(large), data)

@@ -30,13 +30,17 @@ class TransformersDenoiser:
 
     canvas_len: the most places a canvas has; on a GPU logits are computed for as many in each row,
     and bounds are nan where there are more (0: any number, logits of whole rows). Raises ValueError
-    where mask_id or eos_id is None, where these parts do not make up the model, or where it still
-    looks only backwards.
+    where mask_id and eos_id are not two tokens of the model, where these parts do not make up the
+    model, or where it still looks only backwards.
     """
 
     def __init__(self, model, mask_id, eos_id, canvas_len=0):
         if mask_id is None or eos_id is None:
             raise ValueError("mask_id or eos_id is None: the tokenizer has no such token, give one")
+        size = model.config.vocab_size
+        if mask_id == eos_id or not (0 <= mask_id < size and 0 <= eos_id < size):
+            ids = f"mask_id {mask_id} and eos_id {eos_id}"
+            raise ValueError(f"{ids} are not two of the model's tokens, 0 .. {size - 1}")
         self.model = model.eval().requires_grad_(False)
         self.mask_id, self.eos_id, self.canvas_len = mask_id, eos_id, canvas_len
         self.head = nn.Sequential(*(m for m in model.children() if m is not model.base_model))
@@ -128,8 +132,10 @@ def generate_blocks(denoiser, tokens, canvas, block_len, strategy, budget, **opt
 
     `mdmvi.generate` is called once for each block_len places, what lies to the right still masked.
     Blocks behind the first EOS cost passes too. budget: steps a block; options: those of
-    `generate`. Returns a Generation whose reveal_step and steps go on from block to block.
+    `generate`. Returns a Generation whose reveal_step and steps go on from block to block. Raises
+    ValueError on a block_len below 1, or what `generate` refuses.
     """
+    mdmvi.check_positive(block_len=block_len)
     place = canvas.cumsum(1) - 1
     tokens = tokens.masked_fill(canvas, denoiser.mask_id)
     reveal_step = torch.full_like(tokens, -1)

@@ -48,6 +48,8 @@ def load_model(name, mask_id, canvas_len, device):
         raise UserError(
             f"{name} has no weights for {min(info['missing_keys'])}: take another model"
         )
+    if not hasattr(config, "vocab_size") or not hasattr(config, "hidden_size"):
+        raise UserError(f"{name} is no plain text model: take another model")
     masks = (mask_id, tokenizer.mask_token_id, getattr(config, "mask_token_id", None))
     mask_id = token_id("MASK", "give --mask-id", config.vocab_size, *masks)
     ends = (tokenizer.eos_token_id, tokenizer.sep_token_id)
@@ -110,7 +112,7 @@ def print_generations(denoiser, policy, tokenizer, tokens, canvas, budget, block
     given = (denoiser, tokens, canvas)
     learned = mdmvi.generate(*given, "learned", budget, **options)
     steps = math.ceil(learned.steps.float().mean())
-    steps_a_block = math.ceil(budget * block_len / denoiser.canvas_len)
+    steps_a_block = math.ceil(budget * min(1, block_len / denoiser.canvas_len))
     blocks = generate_blocks(*given, block_len, "learned", steps_a_block, **options)
     top_prob = mdmvi.generate(*given, "top_prob", steps)
     for i, (row, on) in enumerate(zip(tokens, canvas)):

@@ -20,7 +20,7 @@ paths drawn for each sequence, M scored places in the whole batch. Log-probabili
     generator   a torch.Generator on the tensors' device, or None for the global one
 
 A path is M_0, M_1, ... as drawn from q. No network is told the step s, only what is masked.
-(R) marks what is rebuilt from summaries of [F]: the policy's input, the posterior's form, the loss.
+(R) marks what is rebuilt from summaries of [F]: the policy's input, the posterior's form, how s is drawn.
 (ours) marks our own changes and rules.
 
 A denoiser is any object with
@@ -424,10 +424,10 @@ def path_bound(
 
 
 def order_loss(denoiser, policy, posterior, tokens, canvas, budget, tau, paths, generator=None):
-    """Negative ELBO over orders, nats per canvas token, with its RLOO gradient, as rebuilt (R).
+    """Negative ELBO over orders, nats per canvas token, with its RLOO gradient: the paper's loss.
 
-    Each x_0 gets one step s, uniform on 0 .. T-1 and stratified over the batch, and K paths up to
-    M_s: the estimate is the mean of T f_s(M_s), from B K denoiser passes. Returns two scalars in
+    Each x_0 gets one step s, uniform on 0 .. T-1 (R) and stratified over the batch, and K paths up
+    to M_s: the estimate is the mean of T f_s(M_s), from B K denoiser passes. Returns two scalars in
     nats per canvas token: the loss, and the part of it that is KL, detached. Raises ValueError on a
     budget or paths below 1, or tau not above 0.
     """

@@ -20,8 +20,8 @@ paths drawn for each sequence, M scored places in the whole batch. Log-probabili
     generator   a torch.Generator on the tensors' device, or None for the global one
 
 A path is M_0, M_1, ... as drawn from q. No network is told the step s, only what is masked.
-(R) marks what is rebuilt from summaries of [F]: the policy's input, the posterior's form, how s is drawn.
-(ours) marks our own changes and rules.
+(R) marks what is rebuilt from summaries of [F]: the policy's input, the posterior's form, the draw
+of the step s. (ours) marks our own changes and rules.
 
 A denoiser is any object with
 

@@ -23,13 +23,13 @@ def read_rows(paths):
     rows = []
     for path in paths:
         for where, row in read_records(Path(path)):
-            texts = isinstance(row, dict) and all(
+            fits = isinstance(row, dict) and all(
                 isinstance(row.get(key), str) for key in ("method", "match")
             )
-            numbers = texts and all(
+            fits = fits and all(
                 type(row.get(key)) in (int, float) and 0 <= row[key] < 1e9 for key in NUMBERS
             )
-            if not numbers:
+            if not fits:
                 raise UserError(f"{where} is no row of a table: give what --json wrote")
             rows.append(row)
     if not rows:

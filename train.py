@@ -200,14 +200,11 @@ class Run:
             there = Args(**state["args"])
         except TypeError:
             raise UserError(f"{path} has other flags than this train.py: train again")
-        here = self.args
-        differ = [
-            f"--{name.replace('_', '-')} {getattr(there, name)}, not {getattr(here, name)}"
-            for name in same
-            if getattr(there, name) != getattr(here, name)
-        ]
+        old, new = asdict(there), asdict(self.args)
+        differ = [name for name in same if old[name] != new[name]]
         if differ:
-            raise UserError(f"{path} has {'; '.join(differ)}: give its flags")
+            flags = (f"--{name.replace('_', '-')} {old[name]}, not {new[name]}" for name in differ)
+            raise UserError(f"{path} has {'; '.join(flags)}: give its flags")
         if tokenizer.pieces != self.tokenizer.pieces:
             raise UserError(f"{path} has another vocabulary: give the --data it was trained with")
         self.denoiser, self.policy, self.posterior, self.baseline = models

@@ -441,13 +441,11 @@ def train(run, data):
 
 def main(argv=None):
     args = parse_args(argv)
-    out = Path(args.out)
-    if (out / "checkpoint.pt").exists() and not args.resume:
-        raise UserError(f"{out}/checkpoint.pt exists: pass --resume, or another --out")
-    if args.resume and not (out / "checkpoint.pt").exists():
-        raise UserError(
-            f"no checkpoint at {out}/checkpoint.pt: give the run's --out, or no --resume"
-        )
+    out, path = Path(args.out), Path(args.out, "checkpoint.pt")
+    if path.exists() and not args.resume:
+        raise UserError(f"{path} exists: pass --resume, or another --out")
+    if args.resume and not path.exists():
+        raise UserError(f"no checkpoint at {path}: give the run's --out, or no --resume")
     problems, held_out = load_problems(args)
     run = Run(args, make_tokenizer(args, problems))
     if args.init and not (args.resume or args.start):
@@ -460,7 +458,7 @@ def main(argv=None):
     fit = f"{len(data[0]):,} problems ({len(problems) - len(data[0]):,} do not fit)"
     print(f"{fit}, {size}, seed {args.seed}, {run.device}", flush=True)
     if args.resume:
-        run.load(out / "checkpoint.pt", [name for name in asdict(args) if name not in MAY_DIFFER])
+        run.load(path, [name for name in asdict(args) if name not in MAY_DIFFER])
     elif args.start:
         there = run.load(args.start, MUST_MATCH)
         if run.policy is not None or run.stage not in ("order", "done"):
@@ -473,7 +471,7 @@ def main(argv=None):
             print(SHORT_BASELINE.format(args.start), file=sys.stderr)
     out.mkdir(parents=True, exist_ok=True)
     if args.start and not args.resume:
-        run.save(out / "checkpoint.pt")
+        run.save(path)
     train(run, data)
     models = eval_gsm8k.Models(run.denoiser, run.policy, run.posterior, run.baseline)
     known = encode_on_device(run, held_out[:HELD_OUT])

@@ -103,17 +103,15 @@ def encode_problems(problems, tokenizer, config, with_answers=True):
     """
     max_len, canvas_len = config.max_len, config.canvas_len
     tokens = torch.full((len(problems), max_len), tokenizer.eos_id, dtype=torch.int32)
-    fits, start = [], []
+    canvas, fits = torch.zeros(tokens.shape, dtype=torch.bool), []
     for i, problem in enumerate(problems):
         prompt = tokenizer.encode(problem["question"] + SEPARATOR)
         answer = tokenizer.encode(problem["answer"]) if with_answers else []
         fits.append(len(prompt) + canvas_len <= max_len and len(answer) <= canvas_len)
-        start.append(len(prompt) if fits[-1] else max_len)
         if fits[-1]:
             ids = prompt + answer
             tokens[i, : len(ids)] = torch.tensor(ids, dtype=torch.int32)
-    place = torch.arange(max_len) - torch.tensor(start).view(-1, 1)
-    canvas = (place >= 0) & (place < canvas_len)
+            canvas[i, len(prompt) : len(prompt) + canvas_len] = True
     return tokens, canvas, fits
 
 

@@ -231,10 +231,9 @@ def attempt(denoiser, policy, problems, tokenizer, tokens, canvas, rule, budget,
     answered, solved (bools), steps (numbers).
     """
     generator = torch.Generator(tokens.device).manual_seed(seed)
-    options = {"policy": policy, "generator": generator}
     texts, steps = [], []
     for x, on in zip(tokens.split(batch), canvas.split(batch)):
-        out = mdmvi.generate(denoiser, x.long(), on, rule, budget, **options)
+        out = mdmvi.generate(denoiser, x.long(), on, rule, budget, policy, generator=generator)
         rows = zip(out.tokens.cpu(), on.cpu())
         texts += [answer_text(tokenizer, row, place) for row, place in rows]
         steps += out.steps.tolist()

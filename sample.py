@@ -88,12 +88,9 @@ def main(argv=None):
     data, results = (tokens.long().to(args.device), canvas.to(args.device)), []
     budget = args.budget or checkpoint["args"]["budget"]
     for name in args.strategy:
-        options = {
-            "policy": models.policy,
-            "temperature": args.temperature,
-            "generator": torch.Generator(args.device).manual_seed(args.seed),
-        }
-        out = mdmvi.generate(models.denoiser, *data, name, budget, **options)
+        generator = torch.Generator(args.device).manual_seed(args.seed)
+        settings = (name, budget, models.policy, args.temperature, generator)
+        out = mdmvi.generate(models.denoiser, *data, *settings)
         row, on, steps = out.tokens[0].cpu(), canvas[0], int(out.steps[0])
         texts = [token_text(tokenizer, token) for token in row[on].tolist()]
         results.append((name, texts, out.reveal_step[0].cpu()[on].tolist(), steps))

@@ -329,17 +329,9 @@ def by_length(problems, result):
 
 
 def print_scores(
-    problems,
-    tokenizer,
-    models,
-    budgets,
-    rules=ALL_RULES,
-    sweep=(),
-    batch=128,
-    seed=0,
-    json_file=None,
+    problems, tokenizer, models, budgets, rules=ALL_RULES, sweep=(), batch=128, seed=0, file=None
 ):
-    """Score, print the table and the learned order by length, write the rows to `json_file`."""
+    """Score, print the table and the learned order by length, write the rows as JSON to `file`."""
     config = models.denoiser.config
     tokens, canvas, fits = encode_problems(problems, tokenizer, config, with_answers=False)
     if not all(fits):
@@ -355,8 +347,8 @@ def print_scores(
             results.append((row, result))
             bar.set_postfix_str(f"{row['method']} {100 * row['answered']:.1f}%", refresh=False)
     rows = [row for row, _ in results]
-    if json_file:  # first, as nobody may read the table
-        Path(json_file).write_text(json.dumps(rows, indent=1) + "\n")
+    if file:  # first, as nobody may read the table
+        Path(file).write_text(json.dumps(rows, indent=1) + "\n")
     precision = "TF32" if device.type == "cuda" else "fp32"
     note = f"{precision}; p: exact McNemar test, learned against a rule"
     print(f"\n{len(problems)} problems, {note}\n\n{table(rows)}")

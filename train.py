@@ -479,7 +479,7 @@ def main(argv=None):
         bounds.print_bounds(models, asdict(args), *known, args.budget, seed=args.seed)
     if args.problems:
         scored = (held_out[: args.problems], run.tokenizer, models, [args.budget])
-        eval_gsm8k.print_scores(*scored, json_file=out / "results.json")
+        eval_gsm8k.print_scores(*scored, file=out / "results.json")
 
 
 if __name__ == "__main__":

@@ -42,12 +42,8 @@ def show_steps(texts, reveal_step, steps):
     for step in range(steps):
         cells = []
         for text, revealed in zip(texts, reveal_step):
-            if revealed > step:
-                cells.append("_")
-            elif revealed == step:
-                cells.append(f"[{text}]")
-            else:
-                cells.append(text)
+            shown = f"[{text}]" if revealed == step else text
+            cells.append(shown if revealed <= step else "_")
         lines.append(f"step {step + 1}: {''.join(cells)}")
     order = (f"{text.strip() or '␣'}:{s + 1}" for text, s in zip(texts, reveal_step))
     lines.append("order:  " + " ".join(order))

@@ -18,7 +18,15 @@ from torch import nn
 
 import mdmvi
 import train
-from examples.command_line import Parser, UserError, add_device, aligned, positive, run_main
+from examples.command_line import (
+    Parser,
+    UserError,
+    add_device,
+    aligned,
+    positive,
+    run_main,
+    within,
+)
 from examples.muon import make_optimizers
 
 # Dense bf16 products with fp32 sums, FLOP/s, by a part of the GPU's name; the first that fits.
@@ -49,7 +57,7 @@ def shape_parser(about):
     add("--batch", type=positive, help="sequences in a step of either stage (64)")
     add("--max-len", type=positive, help="tokens in a sequence (52)")
     add("--canvas-len", type=positive, help="tokens of it in the canvas (27)")
-    add("--vocab", type=positive, help="tokens in the vocabulary (314)")
+    add("--vocab", type=within(2), help="tokens in the vocabulary (314)")
     add("--budget", type=positive, default=5, help="steps of generation")
     add("--orders", choices=ORDERS, default="runs", help="as in train.py; paper: its loss as well")
     return parser

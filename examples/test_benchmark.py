@@ -56,7 +56,14 @@ def test_steps_of_both_stages_pass_as_many_sequences(orders):
 
 
 @pytest.mark.parametrize(
-    "more", [["--batch", "10"], ["--canvas-len", "24"], ["--device", "no"], ["--accumulate", "3"]]
+    "more",
+    [
+        ["--batch", "10"],
+        ["--canvas-len", "24"],
+        ["--device", "no"],
+        ["--accumulate", "3"],
+        ["--vocab", "1"],  # top_prob_margin needs a second token
+    ],
 )
 def test_what_cannot_be_is_one_line(more):
     with pytest.raises(UserError):

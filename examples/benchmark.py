@@ -97,12 +97,13 @@ def parse_args(argv=None):
 
 def make_args(flags, accumulate, device, compile=False):
     """train.Args of a shape; --paper has the README's recipe."""
+    alone = flags.orders == "runs" and flags.budget == 1  # f_0's pass is a problem's only one
     return train.Args(
         size=flags.size,
         max_len=flags.max_len,
         canvas_len=flags.canvas_len,
         batch=flags.batch,
-        order_batch=flags.batch // PASSES,
+        order_batch=flags.batch // (1 if alone else PASSES),
         orders=flags.orders,
         paths=ORDERS[flags.orders],
         budget=flags.budget,

@@ -41,9 +41,10 @@ def test_paper_is_one_flag_and_others_change_it():
     assert (args.batch, args.accumulate) == (16, 2)
 
 
+@pytest.mark.parametrize("budget", ["1", "2"])
 @pytest.mark.parametrize("orders", ["runs", "paper"])
-def test_steps_of_both_stages_pass_as_many_sequences(orders):
-    flags = benchmark.parse_args([*SMALL, "--orders", orders])
+def test_steps_of_both_stages_pass_as_many_sequences(orders, budget):
+    flags = benchmark.parse_args([*SMALL, "--orders", orders, "--budget", budget])
     run, data, passed = make_run(flags), benchmark.random_data(flags, torch.device("cpu")), []
     run.denoiser.trunk.register_forward_pre_hook(lambda _, inputs: passed.append(len(inputs[0])))
     sums = []

@@ -20,6 +20,8 @@ from examples import benchmark
 from examples.command_line import aligned, run_main
 from examples.muon import make_optimizers
 
+SCORED = 128  # problems scored together
+
 
 class Live(TorchDispatchMode):
     """Counts the bytes of all tensors that are alive, in `bytes`, and their `peak`.
@@ -32,8 +34,10 @@ class Live(TorchDispatchMode):
         self.flags, self.bytes, self.peak, self.seen = flags, 0, 0, weakref.WeakSet()
 
     def places(self, mask):
-        flat = mask.numel()  # a mask of rows only is shorter than one row of tokens
-        return flat * self.flags.canvas_len // self.flags.max_len if flat > 2048 else flat
+        flat = mask.numel()
+        if flat == SCORED:  # of rows, not of tokens: in scoring alone
+            return flat
+        return flat * self.flags.canvas_len // self.flags.max_len
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
@@ -100,10 +104,10 @@ def training(stage):
 
 
 def scoring(strategy, temperature):
-    """For `peak_bytes`: 128 problems together."""
+    """For `peak_bytes`: SCORED problems together."""
 
     def sample(run, data):
-        tokens, canvas = (x[:128] for x in data)
+        tokens, canvas = (x[:SCORED] for x in data)
         options = {"policy": run.policy, "temperature": temperature}
         mdmvi.generate(run.denoiser, tokens, canvas, strategy, run.args.budget, **options)
 
@@ -120,7 +124,7 @@ def print_memory(run, flags):
     for strategy in mdmvi.STRATEGIES:
         for temperature in (0.0, 1.0):
             peak = peak_bytes(run, flags, 1, scoring(strategy, temperature)) / 2**30
-            name = f"scoring 128 with {strategy}, temperature {temperature:.0f}"
+            name = f"scoring {SCORED} with {strategy}, temperature {temperature:.0f}"
             rows.append((name, f"{peak:.1f}", *[""] * 3))
     print("computed; the driver and the allocator take about 1 GiB more\n")
     print(aligned(rows))

@@ -154,6 +154,21 @@ def test_live_bytes_by_hand():
     assert memory.peak_bytes(run, flags, 2, plain) < memory.peak_bytes(run, flags, 1, plain)
 
 
+def test_a_mask_has_as_many_places_as_the_canvas():
+    """However few rows of tokens there are, eight of 24 each; a mask of rows keeps them all."""
+    flags, found = benchmark.parse_args(SMALL), []
+
+    def count(run, data):
+        for n in (2, 32, 200):
+            tokens, canvas = (x[:n] for x in data)
+            found.append((len(canvas.flatten().nonzero()), len(tokens[canvas])))
+        rows = data[1][: memory.SCORED].any(1)
+        found.append((len(rows.nonzero()), len(rows[rows])))
+
+    memory.peak_bytes(make_run(flags), flags, 1, count)
+    assert found == [(16, 16), (256, 256), (1600, 1600), (128, 128)]
+
+
 def test_memory_of_an_order_step_and_of_scoring(monkeypatch):
     monkeypatch.setitem(train.SIZES, "tiny", (1, 2, 64, 128))  # a block less to trace
     flags = benchmark.parse_args([*SMALL, "--batch", "4", "--budget", "2"])

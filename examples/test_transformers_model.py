@@ -257,6 +257,17 @@ def test_a_block_has_its_share_of_the_budget(block_len, budget, bert, data, monk
     short_run(bert, data, "--block-len", str(block_len))  # of a canvas of 4, in 2 steps
 
 
+def test_a_share_without_a_rest_is_not_rounded_up(monkeypatch):
+    """7 of 25 tokens in 25 steps: in floats 7 / 25 of them is a little more than 7."""
+    asked, none = [], torch.zeros(0, 30)
+    monkeypatch.setattr(transformers_train, "generate_blocks", lambda *a, **_: asked.append(a[-1]))
+    taken = mdmvi.Generation(none, none, torch.ones(1))
+    monkeypatch.setattr(mdmvi, "generate", lambda *args, **options: taken)
+    denoiser = types.SimpleNamespace(canvas_len=25)
+    transformers_train.print_generations(denoiser, None, None, none, none, 25, 7, None)
+    assert asked == [7]
+
+
 def test_a_block_sees_the_earlier_ones_and_only_masks_after_it():
     denoiser, (tokens, canvas) = wrapped(), some_problems()
     seen = []

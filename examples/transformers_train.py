@@ -112,7 +112,7 @@ def print_generations(denoiser, policy, tokenizer, tokens, canvas, budget, block
     given = (denoiser, tokens, canvas)
     learned = mdmvi.generate(*given, "learned", budget, **options)
     steps = math.ceil(learned.steps.float().mean())
-    steps_a_block = math.ceil(budget * min(1, block_len / denoiser.canvas_len))
+    steps_a_block = -(-budget * min(block_len, denoiser.canvas_len) // denoiser.canvas_len)
     blocks = generate_blocks(*given, block_len, "learned", steps_a_block, **options)
     top_prob = mdmvi.generate(*given, "top_prob", steps)
     for i, (row, on) in enumerate(zip(tokens, canvas)):

@@ -33,6 +33,7 @@ from examples.command_line import (
     aligned,
     positive,
     run_main,
+    text,
     whole,
     writable,
 )
@@ -376,7 +377,8 @@ def main(argv=None):
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--checkpoint", default="out/checkpoint.pt", help="what train.py wrote")
-    add("--data", help=".json/.jsonl(.gz/.xz) file, folder or hub name (default: embedded ones)")
+    about = ".json/.jsonl(.gz/.xz) file, folder or hub name (default: embedded ones)"
+    add("--data", type=text, help=about)
     add("--budget", type=positive, nargs="+", help="budgets T (default: the one trained for)")
     names = {"choices": ALL_RULES, "default": ALL_RULES, "metavar": "RULE"}
     add("--strategies", nargs="+", help="rules to compare with", **names)

@@ -23,7 +23,16 @@ from tqdm import tqdm
 import eval_gsm8k
 import mdmvi
 from examples import runs
-from examples.command_line import Parser, UserError, add_device, aligned, positive, run_main, whole
+from examples.command_line import (
+    Parser,
+    UserError,
+    add_device,
+    aligned,
+    positive,
+    run_main,
+    text,
+    whole,
+)
 from examples.spread import canvas_place, equal_parts
 
 FIXED_RULES = (*mdmvi.CONFIDENCE_RULES, "left_to_right")  # none of them draws
@@ -136,7 +145,8 @@ def main(argv=None):
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--checkpoint", default="out/checkpoint.pt", help="what train.py wrote")
-    add("--data", help=".json/.jsonl(.gz/.xz) file, folder or hub name (default: embedded ones)")
+    about = ".json/.jsonl(.gz/.xz) file, folder or hub name (default: embedded ones)"
+    add("--data", type=text, help=about)
     add("--budget", type=positive, help="steps, T (default: the budget it was trained for)")
     names = {"choices": ROWS, "default": ROWS, "metavar": "ROW"}
     add("--strategies", nargs="+", help="rows beside learned and uniform orders", **names)

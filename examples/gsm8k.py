@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from examples.command_line import Parser, UserError, positive, run_main
+from examples.command_line import Parser, UserError, positive, run_main, text
 
 OPENERS = {".gz": gzip.open, ".xz": lzma.open}
 SPLITS = ("train", "test", "valid", "validation", "val", "dev", "eval")
@@ -192,7 +192,8 @@ def solves_equations(text, reference):
 
 def main(argv=None):
     parser = Parser(__doc__)
-    parser.add_argument("data", help=".json/.jsonl(.gz/.xz) file, folder or hub name")
+    about = ".json/.jsonl(.gz/.xz) file, folder or hub name"
+    parser.add_argument("data", type=text, help=about)
     parser.add_argument(
         "--answers",
         choices=("equations", "full"),

@@ -8,7 +8,7 @@ import torch
 
 import eval_gsm8k
 import mdmvi
-from examples import bounds, command_line, spread
+from examples import bounds, command_line, gsm8k, spread
 
 
 def tiny_denoiser():
@@ -161,3 +161,12 @@ def test_a_frozen_denoiser_is_in_the_table_once(capsys):
 def test_refuses_no_checkpoint(tmp_path):
     with pytest.raises(command_line.UserError, match="no checkpoint"):
         bounds.main(["--checkpoint", str(tmp_path / "none.pt")])
+
+
+@pytest.mark.parametrize(
+    "program, flag", [(bounds, "--data="), (eval_gsm8k, "--data="), (gsm8k, "")]
+)
+def test_refuses_an_empty_name(program, flag):
+    """As of a variable that is not set: it stood for the embedded problems, or this folder."""
+    with pytest.raises(command_line.UserError, match="data: it is empty: give a value, or leave"):
+        program.main([flag])

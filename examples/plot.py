@@ -130,8 +130,8 @@ def main(argv=None):
         "--unsure", nargs="+", default=[], metavar="FILE", help="with --unsure too: full squares"
     )
     args = parser.parse_args(argv)
-    if (args.paper or args.unsure) and not args.out:
-        raise UserError("--paper and --unsure are for the picture: give --out too")
+    if (args.title or args.paper or args.unsure) and not args.out:
+        raise UserError("--title, --paper and --unsure are for the picture: give --out too")
     if args.out and not Path(args.out).suffix:  # matplotlib would add one
         raise UserError(f"--out {args.out} has no ending: give one, .png, .svg or .pdf")
     rows = read_rows(args.rows)

@@ -159,11 +159,8 @@ def test_picture_without_matplotlib(files, monkeypatch, capsys):
         ("[]", "rows.json --out no/order.png", "cannot write no/order.png"),
         ("[]", "rows.json --out order.xyz", "cannot write order.xyz .*: give .*png"),
         ("[]", "", "rows"),
-        (
-            "[]",
-            "rows.json --paper none.json",
-            "--paper and --unsure are for the picture: give --out",
-        ),
+        ("[]", "rows.json --paper none.json", "--unsure are for the picture: give --out"),
+        ("[]", "rows.json --title Shopping", "--title, .* are for the picture: give --out"),
     ],
 )
 def test_mistakes(text, argv, message, files, capsys):

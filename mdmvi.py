@@ -209,9 +209,9 @@ class UnmaskPolicy(nn.Module):
 def token_log_prob(denoiser, tokens, masked, hidden=None):
     """log p_theta(x_0^i | x_s), fp32 [B, N], 0 off M_s, from one pass on x_s.
 
-    What only scored places need is computed at M_s alone: the logits and the end of the last block.
-    `hidden` [B, N, D]: what the denoiser gave on the same x_s, where it was called already. All is
-    nan where M_s is larger than `canvas_len` allows on a GPU.
+    What only scored places need is computed at M_s alone: the logits, and without `hidden` the end
+    of the last block. `hidden` [B, N, D]: what the denoiser gave on the same x_s, where it was
+    called already. All is nan where M_s is larger than `canvas_len` allows on a GPU.
     """
     place, used = scored_places(denoiser, masked)
     if hidden is None:
@@ -352,44 +352,6 @@ def step_bound(denoiser, policy, tokens, masked, log_rho, last):
     return token_term, torch.where(masked & ~last[:, None], kl, 0.0).sum(1)
 
 
-@torch.no_grad()
-def order_elbo(denoiser, policy, posterior, tokens, canvas, budget, tau, samples, generator=None):
-    """Monte Carlo estimate [B] (nats per sequence) of the ELBO, over `samples` full paths.
-
-    Takes samples * T passes. Raises ValueError on a budget or samples below 1, or tau not above 0.
-    """
-    check_positive(budget=budget, tau=tau, samples=samples)
-    total = torch.zeros(len(tokens), device=tokens.device)
-    log_alpha = posterior(tokens, canvas)
-    for _ in range(samples):
-        masked = canvas
-        for s in range(budget):
-            last = torch.full_like(canvas[:, 0], s == budget - 1)
-            log_rho = reveal_log_prob(log_alpha, masked, tau)
-            token_term, kl = step_bound(denoiser, policy, tokens, masked, log_rho, last)
-            total += token_term - kl
-            masked = masked & ~draw_reveal(log_rho, masked, generator)
-    return total / samples
-
-
-@torch.no_grad()
-def uniform_elbo(denoiser, tokens, canvas, budget, samples, generator=None):
-    """`order_elbo` of uniformly random orders: every token picks its step, rho_i = 1 / (T - s).
-
-    pi_i is the same, so KL = 0; unlike a learned policy it is told s. Raises ValueError on a budget
-    or samples below 1.
-    """
-    check_positive(budget=budget, samples=samples)
-    total = torch.zeros(len(tokens), device=tokens.device)
-    for _ in range(samples):
-        masked = canvas
-        for s in range(budget):
-            total += token_log_prob(denoiser, tokens, masked).sum(1) / (budget - s)
-            u = torch.rand(tokens.shape, device=tokens.device, generator=generator)
-            masked = masked & (u > 1 / (budget - s))
-    return total / samples
-
-
 def stratified_uniform(n, device, generator=None):
     """n draws in [0, 1), fp32 [n], each uniform, evenly spread by one shared random offset."""
     u = torch.rand((), device=device, generator=generator)
@@ -407,8 +369,8 @@ def path_bound(
 ):
     """weight * E_q f_s(M_s) from K paths that share x_0 and s: (value [B], kl [B]), in nats.
 
-    s int64 [B]; weight float [B], 1 / P(s); log_alpha float [B, N]. The gradient of `value` is that
-    of the ELBO above, for these s. `kl` is the KL part of `value`, detached.
+    s int64 [B]; weight float [B], 1 / P(s); log_alpha float [B, N]. The gradient of `value` is an
+    unbiased estimate of that of weight * E_q f_s. `kl` is the KL part of `value`, detached.
     """
     B, K = len(tokens), paths
     tokens, canvas, log_alpha, s = (
@@ -454,6 +416,44 @@ def mdm_loss(denoiser, tokens, canvas, generator=None, rates=(0.0, 1.0)):
     u = torch.rand(tokens.shape, device=tokens.device, generator=generator)
     log_p = token_log_prob(denoiser, tokens, canvas & (u < t[:, None]))
     return -(log_p.sum(1) / t / canvas.sum(1)).mean()
+
+
+@torch.no_grad()
+def order_elbo(denoiser, policy, posterior, tokens, canvas, budget, tau, samples, generator=None):
+    """Monte Carlo estimate [B] (nats per sequence) of the ELBO, over `samples` full paths.
+
+    Takes samples * T passes. Raises ValueError on a budget or samples below 1, or tau not above 0.
+    """
+    check_positive(budget=budget, tau=tau, samples=samples)
+    total = torch.zeros(len(tokens), device=tokens.device)
+    log_alpha = posterior(tokens, canvas)
+    for _ in range(samples):
+        masked = canvas
+        for s in range(budget):
+            last = torch.full_like(canvas[:, 0], s == budget - 1)
+            log_rho = reveal_log_prob(log_alpha, masked, tau)
+            token_term, kl = step_bound(denoiser, policy, tokens, masked, log_rho, last)
+            total += token_term - kl
+            masked = masked & ~draw_reveal(log_rho, masked, generator)
+    return total / samples
+
+
+@torch.no_grad()
+def uniform_elbo(denoiser, tokens, canvas, budget, samples, generator=None):
+    """`order_elbo` of uniformly random orders: every token picks its step, rho_i = 1 / (T - s).
+
+    pi_i is the same, so KL = 0; unlike a learned policy it is told s. Raises ValueError on a budget
+    or samples below 1.
+    """
+    check_positive(budget=budget, samples=samples)
+    total = torch.zeros(len(tokens), device=tokens.device)
+    for _ in range(samples):
+        masked = canvas
+        for s in range(budget):
+            total += token_log_prob(denoiser, tokens, masked).sum(1) / (budget - s)
+            u = torch.rand(tokens.shape, device=tokens.device, generator=generator)
+            masked = masked & (u > 1 / (budget - s))
+    return total / samples
 
 
 # ------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from examples.command_line import (
     whole,
     writable,
 )
+from examples.tokenizer import SEPARATOR, answer_text, encode_problems
 
 
 def token_text(tokenizer, token):
@@ -76,9 +77,9 @@ def main(argv=None):
         raise UserError(f"{args.checkpoint} has no learned order: give another --strategy")
     config = models.denoiser.config
     problem = {"question": prompt, "answer": ""}
-    tokens, canvas, fits = eval_gsm8k.encode_problems([problem], tokenizer, config)
+    tokens, canvas, fits = encode_problems([problem], tokenizer, config)
     if not fits[0]:
-        length = len(tokenizer.encode(prompt + eval_gsm8k.SEPARATOR))
+        length = len(tokenizer.encode(prompt + SEPARATOR))
         room = config.max_len - config.canvas_len
         raise UserError(f"the prompt has {length} tokens, the context leaves {room}: shorten it")
     data, results = (tokens.long().to(args.device), canvas.to(args.device)), []
@@ -92,7 +93,7 @@ def main(argv=None):
         results.append((name, texts, out.reveal_step[0].cpu()[on].tolist(), steps))
         print(f"{name}, {steps} steps")
         print("\n".join(show_steps(*results[-1][1:])))
-        print(f"answer:\n{eval_gsm8k.answer_text(tokenizer, row, on)}\n")
+        print(f"answer:\n{answer_text(tokenizer, row, on)}\n")
     if args.html:
         text = page.page(prompt, results)
         Path(args.html).write_text(text, encoding="utf-8", errors="replace")

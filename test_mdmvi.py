@@ -46,6 +46,7 @@ import sample
 import train
 from examples import arithmetic, command_line, gsm8k, page, runs, smdm, spread
 from examples.muon import make_optimizers
+from examples.tokenizer import MARKS, SEPARATOR, Tokenizer, answer_text, encode_problems
 
 torch.set_num_threads(1)
 
@@ -1225,14 +1226,14 @@ ODD_TEXTS = [
 
 
 def small_tokenizer():
-    return eval_gsm8k.Tokenizer.build(["Ann's 12 apples cost $5 and 7 more."] * 9)
+    return Tokenizer.build(["Ann's 12 apples cost $5 and 7 more."] * 9)
 
 
 def test_tokenizer_is_lossless():
     tokenizer, rng = small_tokenizer(), random.Random(0)
     signs = [chr(i) for i in range(0x11000) if not 0xD800 <= i < 0xE000]  # no halves of a pair
     texts = ODD_TEXTS + ["".join(rng.choices(signs, k=40)) for _ in range(60)]
-    texts += ["".join(rng.choices([*eval_gsm8k.MARKS, " ", "a", "Ann"], k=30)) for _ in range(60)]
+    texts += ["".join(rng.choices([*MARKS, " ", "a", "Ann"], k=30)) for _ in range(60)]
     for text in texts:
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text
@@ -1245,15 +1246,15 @@ def test_tokenizer_pieces():
     assert len(set(tokenizer.pieces)) == len(tokenizer.pieces)
     assert len(tokenizer.encode("<<12*3=36>> <<6-1=5>> #### 5")) == 16  # digits and marks alone
     assert len(tokenizer.encode(" apples cost")) == 2
-    again = eval_gsm8k.Tokenizer(tokenizer.pieces)
+    again = Tokenizer(tokenizer.pieces)
     assert all(again.encode(text) == tokenizer.encode(text) for text in ODD_TEXTS)
     assert tokenizer.decode([tokenizer.eos_id, tokenizer.mask_id]) == ""
     for stray in ([200, 255, 1], [0xED + 1, 0xA0 + 1, 0x80 + 1]):  # bytes that are no text
         assert tokenizer.decode(stray).encode()  # and can be printed
     assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a?b"
     rare = ["one of a kind"] * 4 + ["often"] * 5
-    assert " of" not in eval_gsm8k.Tokenizer.build(rare).pieces
-    few = eval_gsm8k.Tokenizer.build(["b a c"] * 9, max_pieces=len(eval_gsm8k.MARKS) + 2)
+    assert " of" not in Tokenizer.build(rare).pieces
+    few = Tokenizer.build(["b a c"] * 9, max_pieces=len(MARKS) + 2)
     assert few.pieces[-2:] == [" a", " c"]  # as often as "b": in alphabetical order
 
 
@@ -1550,7 +1551,7 @@ def test_real_gsm8k_files(name, rows, unsolved):
     assert all(answered) and len(solved) - sum(solved) == unsolved
     tokenizer = small_tokenizer()
     for p in problems[::100]:
-        text = p["question"] + eval_gsm8k.SEPARATOR + p["answer"]
+        text = p["question"] + SEPARATOR + p["answer"]
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
@@ -1594,8 +1595,8 @@ def test_variants_of_a_test_problem_are_not_trained_on(tmp_path):
 def test_problems_as_tensors_and_back():
     tokenizer, config = small_tokenizer(), types.SimpleNamespace(max_len=14, canvas_len=3)
     problems = [{"question": q, "answer": a} for q, a in (("Ann", "5"), ("x" * 9, ""), ("", "77"))]
-    tokens, canvas, fits = eval_gsm8k.encode_problems(problems, tokenizer, config)
-    blank, same_canvas, _ = eval_gsm8k.encode_problems(problems, tokenizer, config, False)
+    tokens, canvas, fits = encode_problems(problems, tokenizer, config)
+    blank, same_canvas, _ = encode_problems(problems, tokenizer, config, False)
     assert fits == [True, True, True] and torch.equal(canvas, same_canvas)
     assert tokens.shape == canvas.shape == (3, 14) and canvas.sum(1).tolist() == [3, 3, 3]
     for problem, row, on, without in zip(problems, tokens, canvas, blank):
@@ -1605,17 +1606,17 @@ def test_problems_as_tensors_and_back():
         assert row.tolist() == filled + [tokenizer.eos_id] * (14 - len(filled))
         assert without.tolist() == prompt + [tokenizer.eos_id] * (14 - len(prompt))
         assert on.nonzero().flatten().tolist() == [len(prompt) + i for i in range(3)]
-        assert eval_gsm8k.answer_text(tokenizer, row, on) == problem["answer"]
+        assert answer_text(tokenizer, row, on) == problem["answer"]
     row = torch.tensor(tokenizer.encode("||5") + [tokenizer.eos_id] + tokenizer.encode("7"))
-    assert eval_gsm8k.answer_text(tokenizer, row, torch.arange(4) > 0) == "5"  # up to the first EOS
+    assert answer_text(tokenizer, row, torch.arange(4) > 0) == "5"  # up to the first EOS
 
 
 def test_problems_that_do_not_fit():
     tokenizer, config = small_tokenizer(), types.SimpleNamespace(max_len=13, canvas_len=3)
     problems = [{"question": q, "answer": a} for q, a in (("x" * 10, "5"), ("x" * 9, "5678"))]
-    tokens, canvas, fits = eval_gsm8k.encode_problems(problems, tokenizer, config)
+    tokens, canvas, fits = encode_problems(problems, tokenizer, config)
     assert fits == [False, False] and not canvas.any() and (tokens == tokenizer.eos_id).all()
-    _, canvas, fits = eval_gsm8k.encode_problems(problems, tokenizer, config, with_answers=False)
+    _, canvas, fits = encode_problems(problems, tokenizer, config, with_answers=False)
     assert fits == [False, True] and canvas.sum(1).tolist() == [0, 3]
 
 

@@ -7,8 +7,8 @@
 
 A run is in one file, out/checkpoint.pt; out/plain.pt is that file as it was before stage 2,
 out/log.jsonl tells what happened on the way. The method is in mdmvi.py, other kinds of orders in
-examples/runs.py and spread.py, tokenizer and scoring in eval_gsm8k.py, data in
-examples/arithmetic.py and gsm8k.py; here are the flags, the loop and the checkpoints.
+examples/runs.py and spread.py, scoring in eval_gsm8k.py, data in examples/arithmetic.py, gsm8k.py
+and tokenizer.py; here are the flags, the loop and the checkpoints.
 """
 
 import contextlib
@@ -17,14 +17,12 @@ import functools
 import json
 import math
 import os
-import re
 import signal
 import sys
 import time
-from argparse import BooleanOptionalAction
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from tqdm import tqdm
@@ -37,6 +35,7 @@ from examples.command_line import (
     Parser,
     UserError,
     above_zero,
+    add_fields,
     amount,
     positive,
     run_main,
@@ -47,6 +46,7 @@ from examples.command_line import (
     whole,
 )
 from examples.muon import make_optimizers
+from examples.tokenizer import SEPARATOR, Tokenizer, encode_problems
 
 #           layers, heads, width, hidden
 SIZES = {
@@ -111,16 +111,7 @@ class Args:
 def parse_args(argv=None):
     """Args from the command line; raises UserError for what is out of range."""
     parser = Parser(__doc__)
-    helps = dict(re.findall(r"^    (\w+): .*?  # (.*)$", Path(__file__).read_text("utf-8"), re.M))
-    for field in fields(Args):
-        options = {"default": field.default, "help": helps[field.name]}
-        if field.type is bool:
-            options["action"] = BooleanOptionalAction
-        elif get_args(field.type):
-            options["choices"] = get_args(field.type)
-        else:
-            options["type"] = field.type
-        parser.add_argument("--" + field.name.replace("_", "-"), **options)
+    add_fields(parser, Args, __file__)
     args = Args(**vars(parser.parse_args(argv)))
     if args.batch % args.accumulate or args.order_batch % args.accumulate:
         raise UserError(f"--accumulate {args.accumulate} must divide --batch and --order-batch")
@@ -234,13 +225,13 @@ def make_tokenizer(args, problems):
     if args.init:
         return smdm.LlamaTokenizer(smdm.read_tokenizer(args.init))
     sample = problems[:: max(1, len(problems) // 20_000)]
-    texts = (p["question"] + eval_gsm8k.SEPARATOR + p["answer"] for p in sample)
-    return eval_gsm8k.Tokenizer.build(texts)
+    texts = (p["question"] + SEPARATOR + p["answer"] for p in sample)
+    return Tokenizer.build(texts)
 
 
 def encode_on_device(run, problems):
     """(tokens, canvas) of the problems that fit."""
-    tokens, canvas, fits = eval_gsm8k.encode_problems(problems, run.tokenizer, run.config)
+    tokens, canvas, fits = encode_problems(problems, run.tokenizer, run.config)
     return tokens[fits].to(run.device), canvas[fits].to(run.device)
 
 

@@ -34,6 +34,7 @@ from examples.command_line import (
     whole,
 )
 from examples.spread import canvas_place, equal_parts
+from examples.tokenizer import encode_problems
 
 FIXED_RULES = (*mdmvi.CONFIDENCE_RULES, "left_to_right")  # none of them draws
 ROWS = (*FIXED_RULES, "spread", "best runs")
@@ -158,7 +159,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     checkpoint, tokenizer, models = eval_gsm8k.load_checkpoint(args.checkpoint, args.device)
     problems = eval_gsm8k.pick_problems(checkpoint, args.data, args.problems)
-    tokens, canvas, fits = eval_gsm8k.encode_problems(problems, tokenizer, models.denoiser.config)
+    tokens, canvas, fits = encode_problems(problems, tokenizer, models.denoiser.config)
     if not any(fits):
         raise UserError("no problem fits this model's context: give others, or train a longer one")
     if not all(fits):

@@ -4,8 +4,11 @@ import argparse
 import contextlib
 import ctypes
 import os
+import re
 import sys
+from dataclasses import fields
 from pathlib import Path
+from typing import get_args
 
 import torch
 
@@ -80,6 +83,23 @@ def add_device(parser):
     parser.add_argument("--device", type=usable_device, default=DEVICE, help=help)
 
 
+def add_fields(parser, flags, file):
+    """A flag for each field of the dataclass `flags`, which is written in `file`.
+
+    A field's annotation is the flag's type or choices, the comment behind it the text of --help.
+    """
+    helps = dict(re.findall(r"^    (\w+): .*?  # (.*)$", Path(file).read_text("utf-8"), re.M))
+    for field in fields(flags):
+        options = {"default": field.default, "help": helps[field.name]}
+        if field.type is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif get_args(field.type):
+            options["choices"] = get_args(field.type)
+        else:
+            options["type"] = field.type
+        parser.add_argument("--" + field.name.replace("_", "-"), **options)
+
+
 def writable(path):
     """argparse type: a file that can be written, found out before the long work."""
     file = Path(path).absolute()
@@ -121,6 +141,7 @@ def keep_memory():
 def run_main(main):
     """Run a script: what the user can mend is one line on stderr and exit code 2, Ctrl-C is 130."""
     keep_memory()
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # it may be closed
     with contextlib.suppress(AttributeError):  # there may be no standard output
         sys.stdout.reconfigure(errors="replace")  # for what its encoding lacks
     try:

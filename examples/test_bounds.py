@@ -9,6 +9,7 @@ import torch
 import eval_gsm8k
 import mdmvi
 from examples import bounds, command_line, gsm8k, spread
+from examples.tokenizer import Tokenizer
 
 
 def tiny_denoiser():
@@ -107,10 +108,10 @@ def test_the_table(orders, chosen, monkeypatch, capsys):
     models = eval_gsm8k.Models(tiny_denoiser(), *networks, plain)
     tokens, canvas = torch.tensor([[1, 2, 0, 1, 2]] * 6), torch.arange(5).expand(6, 5) > 0
     canvas[1::2, 4] = False  # canvases of four and three places
-    loaded = (checkpoint, eval_gsm8k.Tokenizer([]), models)
+    loaded = (checkpoint, Tokenizer([]), models)
     monkeypatch.setattr(eval_gsm8k, "load_checkpoint", lambda *args: loaded)
     monkeypatch.setattr(eval_gsm8k, "pick_problems", lambda *args: [None] * 6)
-    monkeypatch.setattr(eval_gsm8k, "encode_problems", lambda *args: (tokens, canvas, [True] * 6))
+    monkeypatch.setattr(bounds, "encode_problems", lambda *args: (tokens, canvas, [True] * 6))
     more, on_cpu = ["--strategies", *chosen] if chosen else [], ["--device", "cpu"]
     bounds.main([*on_cpu, "--batch", "4", "--budget", "3", *more])
     lines = capsys.readouterr().out.splitlines()

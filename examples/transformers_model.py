@@ -112,7 +112,8 @@ def learn_order(
     optimizer = make_optimizer(mdmvi.parameter_groups(None, None, posterior, posterior_lr=3e-3))
     known = (tokens[:searched], canvas[:searched])
     runs.search_cuts(denoiser, posterior, *known, budget, [optimizer], generator)
-    optimizer = make_optimizer(mdmvi.parameter_groups(*networks))
+    # A low rate: the posterior has not learned to read before the search, and soon forgets
+    optimizer = make_optimizer(mdmvi.parameter_groups(*networks, posterior_lr=3e-5))
     bar = tqdm(range(steps), desc="order", unit="step", mininterval=1.0)
     for step in bar:
         rows = torch.randint(len(tokens), (batch,), device=tokens.device, generator=generator)

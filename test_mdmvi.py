@@ -7,7 +7,6 @@ many replicated rows, from fixed seeds: means within five standard errors, distr
 chi-square. The second part runs train.py, eval_gsm8k.py and sample.py: resume, tables, bad input.
 """
 
-import copy
 import functools
 import gzip
 import html.parser
@@ -1551,6 +1550,7 @@ def test_a_number_as_the_answer_of_an_embedded_problem(tmp_path):
         ({"question": "Q", "answer": ["#### 5"]}, "answer that is no text"),
         (AUG | {"cot": 5}, "cot that is no text"),
         (ROWS[0] | {"solutions": 5}, "solutions"),
+        (ROWS[0] | {"solutions": []}, "solutions without its answer"),
     ],
 )
 def test_a_record_that_is_no_problem(tmp_path, row, says):
@@ -3029,6 +3029,8 @@ DAMAGE = {
     "no budget": lambda state: state["args"].pop("budget"),
     "half a step as budget": changed("args", "budget", value=2.5),
     "no tau": lambda state: state["args"].pop("tau"),
+    "no data": lambda state: state["args"].pop("data"),
+    "no answers": lambda state: state["args"].pop("answers"),
     "tau is nan": changed("args", "tau", value=math.nan),
     "heads that do not fit the width": changed("config", "n_head", value=3),
     "a length that is text": changed("config", "canvas_len", value="x"),
@@ -3153,6 +3155,13 @@ def test_bad_input_as_a_process(trained, tmp_path, monkeypatch, capsys):
     ):
         assert code == 2 and not out and err.count("\n") == 1 and err.startswith(says)
     assert not (tmp_path / "absent.st").exists()
+
+
+def test_a_closed_standard_error(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    bar = []
+    command_line.run_main(lambda: bar.extend(tqdm(range(3))))
+    assert bar == [0, 1, 2]
 
 
 def test_a_file_that_must_not_be_written(tmp_path, monkeypatch):

@@ -121,6 +121,8 @@ def gsm8k_problem(record, answers, where):
         solutions = record["solutions"]
         if not isinstance(solutions, list) or not all(isinstance(x, str) for x in solutions):
             raise UserError(f"{where} has solutions that are no list of texts: mend or remove it")
+        if record["answer"] not in solutions:
+            raise UserError(f"{where} has solutions without its answer: mend or remove it")
         return {key: record[key] for key in ("question", "answer", "solutions")}
     solution, final = record.get("cot", solution), final.strip()
     if answers == "equations":

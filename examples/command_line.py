@@ -1,4 +1,4 @@
-"""What the scripts share: types of flags, plain tables, one line for what the user can mend."""
+"""What the scripts share: flags and their types, plain tables, one line for what a user can mend."""
 
 import argparse
 import contextlib
@@ -56,7 +56,7 @@ amount, above_zero, share = within(0, kind=float), within(1e-6, kind=float), wit
 def text(value):
     """argparse type: a text that is not empty."""
     if not value:
-        raise argparse.ArgumentTypeError("it is empty: give a value, or leave the flag out")
+        raise argparse.ArgumentTypeError("it is empty: give a value")
     return value
 
 

@@ -112,7 +112,7 @@ def learn_order(
     optimizer = make_optimizer(mdmvi.parameter_groups(None, None, posterior, posterior_lr=3e-3))
     known = (tokens[:searched], canvas[:searched])
     runs.search_cuts(denoiser, posterior, *known, budget, [optimizer], generator)
-    # A low rate: the posterior has not learned to read before the search, and soon forgets
+    # A low rate: the posterior could not read before the search, and would forget what that taught
     optimizer = make_optimizer(mdmvi.parameter_groups(*networks, posterior_lr=3e-5))
     bar = tqdm(range(steps), desc="order", unit="step", mininterval=1.0)
     for step in bar:

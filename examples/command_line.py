@@ -1,4 +1,4 @@
-"""What the scripts share: flags and their types, plain tables, one line for what a user can mend."""
+"""What the scripts share: flags, plain tables, one line on stderr for what a user can mend."""
 
 import argparse
 import contextlib

@@ -169,5 +169,5 @@ def test_refuses_no_checkpoint(tmp_path):
 )
 def test_refuses_an_empty_name(program, flag):
     """As of a variable that is not set: it stood for the embedded problems, or this folder."""
-    with pytest.raises(command_line.UserError, match="data: it is empty: give a value, or leave"):
+    with pytest.raises(command_line.UserError, match="data: it is empty: give a value"):
         program.main([flag])

@@ -155,7 +155,8 @@ def trained():
     return TransformersDenoiser(model, MASK, EOS, canvas_len=2)
 
 
-def test_training_finds_the_order_and_leaves_the_model_alone(trained):
+def test_training_finds_the_order_and_leaves_the_model_alone(trained, monkeypatch):
+    monkeypatch.setattr(runs, "SEARCH_STEPS", 60)
     before = {name: w.clone() for name, w in trained.model.state_dict().items()}
     torch.manual_seed(0)
     networks = (trained, *transformers_model.make_networks(trained, 4))

@@ -27,11 +27,11 @@ from examples.arithmetic import TASKS
 from examples.command_line import (
     Parser,
     UserError,
+    add_data,
     add_device,
     aligned,
     positive,
     run_main,
-    text,
     whole,
     writable,
 )
@@ -307,8 +307,7 @@ def main(argv=None):
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--checkpoint", default="out/checkpoint.pt", help="what train.py wrote")
-    about = ".json/.jsonl(.gz/.xz) file, folder or hub name (default: embedded ones)"
-    add("--data", type=text, help=about)
+    add_data(parser)
     add("--budget", type=positive, nargs="+", help="budgets T (default: the one trained for)")
     names = {"choices": ALL_RULES, "default": ALL_RULES, "metavar": "RULE"}
     add("--strategies", nargs="+", help="rules to compare with", **names)

@@ -26,11 +26,11 @@ from examples import runs
 from examples.command_line import (
     Parser,
     UserError,
+    add_data,
     add_device,
     aligned,
     positive,
     run_main,
-    text,
     whole,
 )
 from examples.spread import canvas_place, equal_parts
@@ -146,8 +146,7 @@ def main(argv=None):
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--checkpoint", default="out/checkpoint.pt", help="what train.py wrote")
-    about = ".json/.jsonl(.gz/.xz) file, folder or hub name (default: embedded ones)"
-    add("--data", type=text, help=about)
+    add_data(parser)
     add("--budget", type=positive, help="steps, T (default: the budget it was trained for)")
     names = {"choices": ROWS, "default": ROWS, "metavar": "ROW"}
     add("--strategies", nargs="+", help="rows beside learned and uniform orders", **names)

@@ -83,6 +83,12 @@ def add_device(parser):
     parser.add_argument("--device", type=usable_device, default=DEVICE, help=help)
 
 
+def add_data(parser):
+    """The flag --data, by default the embedded problems that a checkpoint goes with."""
+    help = ".json/.jsonl(.gz/.xz) file, folder or hub name (default: embedded ones)"
+    parser.add_argument("--data", type=text, help=help)
+
+
 def add_fields(parser, flags, file):
     """A flag for each field of the dataclass `flags`, which is written in `file`.
 
